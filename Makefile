@@ -1,0 +1,29 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+
+help:  ## show this help
+	@echo 'make TARGET [PYTHON=python3.11]'
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile
+
+setup:  ## create .venv with everything that is needed (first time: 5 to 25 minutes)
+	@$(PYTHON) tools/setup_env.py
+
+demo: setup  ## train and compare on real images, on the CPU
+	@$(VENV_PYTHON) tools/demo.py
+
+lint: setup  ## check style and formatting with ruff
+	@echo '== ruff check'
+	@$(VENV_PYTHON) -m ruff check .
+	@echo '== ruff format --check'
+	@$(VENV_PYTHON) -m ruff format --check .
+
+test: lint  ## check the style, then run the tests
+	@echo '== pytest'
+	@$(VENV_PYTHON) -m pytest
+
+clean:  ## remove .venv, build output and caches (keeps data and work_dirs)
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,191 @@
+"""Checks the built package, its requirement lists and what importing it loads."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / 'requirements'
+LISTS = ('runtime', 'det', 'cls', 'sr', 'no-deps', 'dev')
+BUILT_FROM = ('man_mm', 'configs', 'tools', 'tests', 'requirements')
+BUILT_FROM += ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'Makefile', '.ci')
+BUILT_FROM += ('model-index.yml', 'README.md', 'LICENSE')
+OPTIONAL = ('mmcv', 'mmdet', 'mmpretrain', 'mmagic')
+
+BLOCK_IMPORTS = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {blocked!r}:
+            raise ModuleNotFoundError(f'{{name}} is blocked', name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+PRINT_MODULES = """
+import json
+print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))
+"""
+
+
+def run_python(*args, cwd=ROOT):
+    command = [sys.executable, *map(str, args)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def import_in_fresh_python(module, blocked=()):
+    """Import a module while others are blocked; return what got loaded."""
+    code = BLOCK_IMPORTS.format(blocked=blocked) + f'import {module}\n' + PRINT_MODULES
+    return set(json.loads(run_python('-c', code).splitlines()[-1]))
+
+
+def build_wheel(source, folder):
+    """Build a wheel and return its path."""
+    options = ['--no-deps', '--no-build-isolation', '--wheel-dir', folder]
+    run_python('-m', 'pip', 'wheel', *options, source, cwd=folder)
+    (wheel,) = folder.glob('*.whl')
+    return wheel
+
+
+def names_in(wheel):
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def read_requirements(name):
+    lines = (REQUIREMENTS / f'{name}.txt').read_text('utf-8').splitlines()
+    return [Requirement(x) for x in lines if x.strip() and not x.startswith('#')]
+
+
+def read_constraints():
+    """Return the pinned version of each constrained package."""
+    pins = {}
+    for requirement in read_requirements('constraints'):
+        (specifier,) = requirement.specifier
+        assert specifier.operator == '=='
+        pins[canonicalize_name(requirement.name)] = specifier.version
+    return pins
+
+
+def unsatisfied(requirements, pins):
+    """Return the requirements that the pinned versions miss."""
+    return [
+        str(requirement)
+        for requirement in requirements
+        if (pin := pins.get(canonicalize_name(requirement.name))) is not None
+        and not requirement.specifier.contains(pin)
+    ]
+
+
+@pytest.fixture(scope='module')
+def source_copy(tmp_path_factory):
+    """Copy what a package is built from, since a build writes into its source."""
+    copy = tmp_path_factory.mktemp('source')
+    for name in BUILT_FROM:
+        source = ROOT / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns('__pycache__', 'setup.lock')
+            shutil.copytree(source, copy / name, ignore=ignore)
+        else:
+            shutil.copy2(source, copy / name)
+    return copy
+
+
+@pytest.fixture(scope='module')
+def wheel(source_copy, tmp_path_factory):
+    # What an earlier build left behind must not get into the wheel.
+    leftover = source_copy / 'build/lib/man_mm/deleted_module.py'
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    return build_wheel(source_copy, tmp_path_factory.mktemp('wheel'))
+
+
+def test_wheel_has_what_mim_reads(wheel):
+    names = names_in(wheel)
+    assert 'man_mm/.mim/model-index.yml' in names
+    for folder in ('configs', 'tools'):
+        in_tree = {
+            f'man_mm/.mim/{path.relative_to(ROOT).as_posix()}'
+            for path in (ROOT / folder).rglob('*')
+            if path.is_file() and path.suffix != '.pyc' and path.name != 'setup_env.py'
+        }
+        assert in_tree, f'{folder} is empty'
+        assert in_tree <= names
+    assert 'man_mm/.mim/tools/train.py' in names
+
+
+def test_wheel_has_the_package_and_nothing_else(wheel):
+    names = names_in(wheel)
+    tops = {name.partition('/')[0] for name in names}
+    assert tops == {'man_mm', wheel.name.split('-py3')[0] + '.dist-info'}
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'man_mm').rglob('*.py')}
+    assert modules == {x for x in names if x.endswith('.py') and '/.mim/' not in x}
+    assert not [name for name in names if name.endswith(('.pyc', 'setup_env.py'))]
+
+
+def test_build_leaves_no_mim_folder_in_the_source(wheel, source_copy):
+    assert not (source_copy / 'man_mm/.mim').exists()
+
+
+def test_sdist_builds_the_same_wheel(wheel, source_copy, tmp_path):
+    code = 'import sys; from setuptools.build_meta import build_sdist as build;'
+    run_python('-c', f'{code} build(sys.argv[1])', tmp_path, cwd=source_copy)
+    (sdist,) = tmp_path.glob('*.tar.gz')
+    shutil.unpack_archive(sdist, tmp_path)
+    (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert (unpacked / 'tests/test_package.py').exists()
+    assert (unpacked / 'tools/setup_env.py').exists()
+    assert names_in(build_wheel(unpacked, tmp_path)) == names_in(wheel)
+
+
+def test_metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (path,) = (x for x in archive.namelist() if x.endswith('.dist-info/METADATA'))
+    metadata = archive.read(path).decode()
+    assert re.search(r'^Name: man[-_]mm$', metadata, re.M)
+    extras = set(re.findall(r'^Provides-Extra: (.+)$', metadata, re.M))
+    assert extras == {'det', 'cls', 'sr', 'all', 'dev'}
+    required = re.findall(r'^Requires-Dist: (.+)$', metadata, re.M)
+    always = {Requirement(x).name for x in required if 'extra ==' not in x}
+    assert always == {'torch', 'mmengine', 'numpy', 'rich'}
+
+
+@pytest.mark.parametrize('name', LISTS)
+def test_constraints_satisfy_requirements(name):
+    assert unsatisfied(read_requirements(name), read_constraints()) == []
+
+
+@pytest.mark.parametrize('name', LISTS)
+def test_constraints_cover_requirements(name):
+    named = {canonicalize_name(r.name) for r in read_requirements(name)}
+    floating = {'colorama', 'requests', 'tabulate'}
+    assert named - set(read_constraints()) <= floating
+
+
+def test_unsatisfied_finds_an_old_pin():
+    pins = read_constraints() | {'torch': '1.13.1'}
+    assert unsatisfied(read_requirements('runtime'), pins) == ['torch>=2.1']
+
+
+def test_import_loads_no_heavy_packages():
+    loaded = import_in_fresh_python('man_mm')
+    assert {'man_mm', 'mmengine', 'torch'} <= loaded
+    assert not loaded & {'diffusers', *OPTIONAL}
+    # mmengine looks for an optimizer in transformers, if that is installed.
+    assert 'transformers' not in loaded - import_in_fresh_python('mmengine.runner')
+
+
+def test_import_needs_no_other_openmmlab_package():
+    assert 'man_mm' in import_in_fresh_python('man_mm', blocked=OPTIONAL)
+
+
+def test_blocker_blocks():
+    with pytest.raises(AssertionError, match='mmengine is blocked'):
+        import_in_fresh_python('man_mm', blocked=('mmengine',))

@@ -1,0 +1,113 @@
+"""Runs ``tools/train.py`` and ``tools/test.py`` on a toy config."""
+
+import itertools
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+RUN_NUMBER = itertools.count()
+TOY_CONFIG = """
+custom_imports = dict(imports=['toy_parts'])
+default_scope = 'mmengine'
+model = dict(type='ToyModel')
+train_dataloader = val_dataloader = test_dataloader = dict(
+    batch_size=4,
+    collate_fn=dict(type='default_collate'),
+    dataset=dict(type='ToyData'),
+    sampler=dict(type='DefaultSampler', shuffle=False),
+)
+val_evaluator = test_evaluator = dict(type='ToyMetric')
+val_cfg = test_cfg = dict()
+train_cfg = dict(by_epoch=True, max_epochs=1)
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
+"""
+TOY_PARTS = """
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, METRICS, MODELS
+
+@MODELS.register_module(force=True)
+class ToyModel(BaseModel):
+    def __init__(self, data_preprocessor=None):
+        super().__init__(data_preprocessor)
+        self.linear = torch.nn.Linear(1, 1)
+
+    def forward(self, x, mode='loss'):
+        y = self.linear(x)
+        return dict(loss=y.square().mean()) if mode == 'loss' else [y]
+
+@DATASETS.register_module(force=True)
+class ToyData(torch.utils.data.Dataset):
+    metainfo = {}
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return dict(x=torch.full((1,), float(index)))
+
+@METRICS.register_module(force=True)
+class ToyMetric(BaseMetric):
+    def process(self, batch, outputs):
+        self.results.append(outputs[0].abs().mean().item())
+
+    def compute_metrics(self, results):
+        return dict(size=sum(results))
+"""
+
+
+@pytest.fixture
+def run_tool(tmp_path, monkeypatch):
+    """Run a script of ``tools/`` in this process, beside a toy config."""
+    (tmp_path / 'toy_parts.py').write_text(TOY_PARTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(TOOLS))
+    monkeypatch.setenv('LOCAL_RANK', '0')
+
+    def run(name, *args):
+        # Runners of one name share their logger and log buffers in a process.
+        config = f"{TOY_CONFIG}experiment_name = 'run{next(RUN_NUMBER)}'\n"
+        (tmp_path / 'toy.py').write_text(config)
+        monkeypatch.setattr(sys, 'argv', [name, *args])
+        runpy.run_path(str(TOOLS / name), run_name='__main__')
+
+    return run
+
+
+def load(path):
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize('resume', [[], ['work_dirs/toy/epoch_1.pth']])
+def test_resumed_training_equals_uninterrupted_training(run_tool, resume):
+    two_epochs = ['--cfg-options', 'train_cfg.max_epochs=2', 'randomness.seed=1']
+    run_tool('train.py', 'toy.py', '--work-dir', 'whole', *two_epochs)
+    run_tool('train.py', 'toy.py', '--cfg-options', 'randomness.seed=1')
+    run_tool('train.py', 'toy.py', '--resume', *resume, *two_epochs)
+    whole, resumed = load('whole/epoch_2.pth'), load('work_dirs/toy/epoch_2.pth')
+    assert resumed['meta']['iter'] == whole['meta']['iter'] == 4
+    torch.testing.assert_close(
+        resumed['state_dict'], whole['state_dict'], rtol=0, atol=0
+    )
+    first = load('work_dirs/toy/epoch_1.pth')['state_dict']
+    assert not torch.equal(
+        first['linear.weight'], resumed['state_dict']['linear.weight']
+    )
+
+
+def test_test_loads_the_checkpoint(run_tool, capfd):
+    run_tool('train.py', 'toy.py', '--work-dir', 'out')
+    checkpoint = load('out/epoch_1.pth')
+    checkpoint['state_dict']['linear.weight'].fill_(0)
+    checkpoint['state_dict']['linear.bias'].fill_(4)
+    torch.save(checkpoint, 'changed.pth')
+    capfd.readouterr()
+    run_tool('test.py', 'toy.py', 'changed.pth', '--work-dir', 'out')
+    output = capfd.readouterr()
+    assert 'size: 8.0000' in output.out + output.err

@@ -1,0 +1,15 @@
+"""The method in plain PyTorch; imports nothing of OpenMMLab."""
+
+from .bank import MemoryBank
+from .learner import LocalLearner
+from .partition import CutPartition, LocalModule, StagePartition, Unit, split
+
+__all__ = [
+    'CutPartition',
+    'LocalLearner',
+    'LocalModule',
+    'MemoryBank',
+    'StagePartition',
+    'Unit',
+    'split',
+]

@@ -1,0 +1,118 @@
+"""The memory bank: what auxiliary heads may read of other modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .memory import tensor_bytes
+
+
+class MemoryBank(Mapping[str, Tensor]):
+    """Feature maps of earlier modules, and running statistics that outlive a batch.
+
+    *Batch memory* holds detached maps of the current step, keyed by the name of the
+    unit that made them; it is a read-only mapping. *Long-term memory* keeps the
+    running mean and variance of every channel of every map: two vectors ``(C,)`` a
+    map, whatever the batch or the data set. After arXiv 2406.00446, section 3.
+
+    Attributes:
+        shared: What else the heads of one step share, such as target assignments;
+            emptied with the batch memory.
+
+    Args:
+        long_term: Whether to keep long-term memory.
+        momentum: Share of the old value in each update of the long-term memory, in
+            [0, 1). The first updates are plain averages, so there is no start-up
+            bias.
+
+    Raises:
+        ValueError: If ``momentum`` is outside [0, 1).
+    """
+
+    def __init__(self, long_term: bool = True, momentum: float = 0.99) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f'momentum must be in [0, 1), got {momentum}.')
+        self.long_term = long_term
+        self.momentum = momentum
+        self.shared: dict[Any, Any] = {}
+        self._maps: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+        self._moments: dict[str, Tensor] = {}
+        self._updates: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        map_ = self._maps[name]
+        if map_._version != self._versions[name]:
+            raise RuntimeError(
+                f'The map {name!r} in the memory bank was changed in place after it '
+                'was stored: make the operation that follows the cut out of place.'
+            )
+        return map_
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._maps)
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def store(self, name: str, map_: Tensor) -> None:
+        """Stores a map for the rest of the step.
+
+        Args:
+            name: Name of the unit that made the map.
+            map_: Feature map ``(N, C, H, W)``; kept detached, without a copy.
+        """
+        self._maps[name] = map_.detach()
+        self._versions[name] = self._maps[name]._version
+        if self.long_term:
+            self._remember(name, map_.detach())
+
+    def clear(self) -> None:
+        """Forgets the batch memory; long-term memory stays."""
+        self.shared.clear()
+        self._maps.clear()
+        self._versions.clear()
+
+    def statistics(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Running mean and variance ``(C,)`` of a map, None before it was seen."""
+        if name not in self._moments:
+            return None
+        mean, square = self._moments[name]
+        return mean, (square - mean**2).clamp(min=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both memories; maps that share a storage count once."""
+        return tensor_bytes([self._maps, self._moments])
+
+    def moments(self) -> list[Tensor]:
+        """The long-term tensors ``(2, C)``, in the order of their names.
+
+        They are the live tensors, so that ranks can average them in place.
+        """
+        return [self._moments[name] for name in sorted(self._moments)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Long-term memory; batch memory never outlives its step."""
+        return {'moments': dict(self._moments), 'updates': dict(self._updates)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self._moments = {k: v.clone() for k, v in state['moments'].items()}
+        self._updates = dict(state['updates'])
+
+    @torch.no_grad()
+    def _remember(self, name: str, map_: Tensor) -> None:
+        var, mean = torch.var_mean(map_.float(), dim=(0, 2, 3), correction=0)
+        new = torch.stack([mean, var + mean**2])
+        seen = self._updates.get(name, 0)
+        old = self._moments[name].to(new) if seen else torch.zeros_like(new)
+        # A new tensor, not an in-place update: graphs may have saved the old one.
+        moments = torch.lerp(new, old, min(self.momentum, seen / (seen + 1)))
+        # One bad batch must not poison what outlives it.
+        self._moments[name] = torch.where(moments.isfinite(), moments, old)
+        self._updates[name] = seen + 1

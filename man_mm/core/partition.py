@@ -1,0 +1,202 @@
+"""Where a network is cut, and which module owns which parameter."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest slice that a network can be cut into.
+
+    Attributes:
+        name: Dotted name of the submodule whose output ends the unit, such as
+            ``'backbone.layer3.5'``; also the name of the cut after it.
+        stage: Index of the stage that the unit belongs to; -1 for a stem.
+        parts: Dotted names of all submodules that the unit consists of.
+    """
+
+    name: str
+    stage: int = 0
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            object.__setattr__(self, 'parts', (self.name,))
+
+
+@dataclass(frozen=True)
+class LocalModule:
+    """The units between two cuts, with the parameters that they own.
+
+    Attributes:
+        index: Position in the network, from 0.
+        units: The units in the order in which they run.
+        params: Trainable parameters that the module owns. The last module also
+            owns whatever no unit covers: neck, heads, classifier.
+        is_last: Whether the model's own loss trains this module.
+    """
+
+    index: int
+    units: tuple[Unit, ...]
+    params: tuple[nn.Parameter, ...]
+    is_last: bool
+
+    @property
+    def name(self) -> str:
+        """Name in logs and messages, counted from 1 as in the literature."""
+        return f'module{self.index + 1}'
+
+    @property
+    def cut(self) -> str:
+        """Dotted name of the submodule after which the module ends."""
+        return self.units[-1].name
+
+
+class StagePartition:
+    """Cuts after every stage of the backbone, as in the paper.
+
+    Modules without a trainable parameter are merged with the next one.
+    """
+
+    def cuts(self, units: Sequence[Unit]) -> list[str]:
+        """Names of the units after which to cut, the last unit excluded."""
+        return [
+            unit.name
+            for unit, following in zip(units, units[1:], strict=False)
+            if unit.stage != following.stage and unit.stage >= 0
+        ]
+
+
+class CutPartition:
+    """Cuts after the named units.
+
+    Args:
+        cuts: Dotted names such as ``'backbone.layer2.1'``; the name of a whole
+            stage (``'backbone.layer2'``) stands for its last unit. An empty list
+            is end-to-end training (K = 1).
+    """
+
+    def __init__(self, cuts: Sequence[str]) -> None:
+        self._cuts = list(cuts)
+
+    def cuts(self, units: Sequence[Unit]) -> list[str]:
+        """Names of the units after which to cut.
+
+        Raises:
+            ValueError: If a name is unknown, given twice, out of order, or the
+                last unit, after which nothing is left to train.
+        """
+        names = [unit.name for unit in units]
+        if len(self._cuts) >= len(units):
+            raise ValueError(
+                f'partition.cuts asks for {len(self._cuts) + 1} modules, but the '
+                f'network has only {len(units)} units: give at most '
+                f'{len(units) - 1} cuts.'
+            )
+        cuts = [_resolve(cut, names) for cut in self._cuts]
+        positions = [names.index(cut) for cut in cuts]
+        if any(a >= b for a, b in zip(positions, positions[1:], strict=False)):
+            raise ValueError(
+                'partition.cuts must name different units in the order in which '
+                f'they run, got {self._cuts}.'
+            )
+        if cuts and cuts[-1] == names[-1]:
+            raise ValueError(
+                f'partition.cuts ends with {self._cuts[-1]!r}, the last unit: '
+                'drop it, the last module is trained by the model itself.'
+            )
+        return cuts
+
+
+def split(
+    model: nn.Module, units: Sequence[Unit], cuts: Sequence[str]
+) -> list[LocalModule]:
+    """Groups units into modules and gives every parameter exactly one owner.
+
+    Args:
+        model: The whole network; the units' names are relative to it.
+        units: All units, in the order in which they run.
+        cuts: Names of the units after which to cut, in order.
+
+    Returns:
+        The K modules. Those in which nothing is trainable (frozen stages) are
+        merged with the next one, so K can be smaller than ``len(cuts) + 1``.
+
+    Raises:
+        ValueError: If a cut is no unit that another one follows, or a parameter
+            belongs to units of two modules.
+    """
+    if unknown := set(cuts) - {unit.name for unit in units[:-1]}:
+        raise ValueError(
+            f'{sorted(unknown)} cannot be cuts: a cut is the name of a unit that '
+            'another unit follows.'
+        )
+    groups: list[list[Unit]] = [[]]
+    for unit in units:
+        groups[-1].append(unit)
+        if unit.name in cuts and next(_trainable(model, groups[-1]), None) is not None:
+            groups.append([])
+
+    modules, owner = [], {}
+    for index, group in enumerate(groups):
+        is_last = index == len(groups) - 1
+        params = _rest(model, groups) if is_last else _trainable(model, group)
+        owned = []
+        for param in params:
+            if param in owner and owner[param] != index:
+                raise ValueError(
+                    f'A parameter is shared by the modules {owner[param] + 1} and '
+                    f'{index + 1}: move the cut {groups[owner[param]][-1].name!r} '
+                    'so that both uses are in one module.'
+                )
+            if param not in owner:
+                owner[param] = index
+                owned.append(param)
+        modules.append(LocalModule(index, tuple(group), tuple(owned), is_last))
+    return modules
+
+
+def _trainable(model: nn.Module, units: Sequence[Unit]):
+    for unit in units:
+        for part in unit.parts:
+            for param in model.get_submodule(part).parameters():
+                if param.requires_grad:
+                    yield param
+
+
+def _rest(model: nn.Module, groups: Sequence[Sequence[Unit]]):
+    """Trainable parameters of the last units, and of whatever no unit covers."""
+    *earlier, last = (
+        {
+            submodule
+            for unit in group
+            for part in unit.parts
+            for submodule in model.get_submodule(part).modules()
+        }
+        for group in groups
+    )
+    inside = set().union(*earlier) - last
+    for submodule in model.modules():
+        if submodule not in inside:
+            for param in submodule.parameters(recurse=False):
+                if param.requires_grad:
+                    yield param
+
+
+def _resolve(cut: str, names: Sequence[str]) -> str:
+    if cut in names:
+        return cut
+    inside = [name for name in names if name.startswith(f'{cut}.')]
+    if inside:
+        return inside[-1]
+    close = difflib.get_close_matches(cut, names, n=3) or list(names[:3])
+    raise ValueError(
+        f'partition.cuts has {cut!r}, after which this network cannot be cut. Did '
+        f'you mean {", ".join(map(repr, close))}? The {len(names)} units run from '
+        f'{names[0]!r} to {names[-1]!r}.'
+    )

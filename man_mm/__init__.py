@@ -1,0 +1,40 @@
+"""man_mm: supervised local learning for OpenMMLab."""
+
+from .aux_heads import AuxHead, AuxSite, MANDetHead, MANHead
+from .core import (
+    CutPartition,
+    LocalLearner,
+    LocalModule,
+    MemoryBank,
+    StagePartition,
+    Unit,
+    split,
+)
+from .engine import (
+    LocalLearningOptimWrapper,
+    LocalLearningOptimWrapperConstructor,
+    MemoryBankHook,
+    RandomStateHook,
+    build_learner,
+)
+from .version import __version__
+
+__all__ = [
+    'AuxHead',
+    'AuxSite',
+    'CutPartition',
+    'LocalLearner',
+    'LocalLearningOptimWrapper',
+    'LocalLearningOptimWrapperConstructor',
+    'LocalModule',
+    'MANDetHead',
+    'MANHead',
+    'MemoryBank',
+    'MemoryBankHook',
+    'RandomStateHook',
+    'StagePartition',
+    'Unit',
+    '__version__',
+    'build_learner',
+    'split',
+]

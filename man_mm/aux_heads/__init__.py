@@ -1,0 +1,7 @@
+"""Auxiliary heads: one file a method, the base class first."""
+
+from .base import AuxHead, AuxSite, find_sites
+from .man import MANHead
+from .man_det import MANDetHead
+
+__all__ = ['AuxHead', 'AuxSite', 'MANDetHead', 'MANHead', 'find_sites']

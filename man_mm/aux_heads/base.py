@@ -1,0 +1,96 @@
+"""What every auxiliary head is given, and has to give back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from man_mm.backbones import Tap
+from man_mm.core import LocalModule, MemoryBank
+from man_mm.core.learner import stage_ends
+
+
+@dataclass(frozen=True)
+class AuxSite:
+    """The place in a network where an auxiliary head sits.
+
+    Attributes:
+        model: The whole model, to read its settings from; heads must not keep it.
+        module: The module that the head trains.
+        own: Maps of the module itself that the head may read: stage ends, and last
+            the module's output.
+        earlier: Maps of earlier modules, readable through the memory bank.
+        later: Ends of the stages that the module has not finished: the map sizes
+            that an SLM (Simple Local Module) has to add.
+    """
+
+    model: nn.Module
+    module: LocalModule
+    own: tuple[Tap, ...]
+    earlier: tuple[Tap, ...]
+    later: tuple[Tap, ...]
+
+
+class AuxHead(nn.Module, ABC):
+    """Turns a module's output into the loss that trains the module.
+
+    Attributes:
+        needs_bank: Whether the head reads maps of earlier modules.
+    """
+
+    needs_bank: bool = False
+
+    @abstractmethod
+    def forward(
+        self, maps: Mapping[str, Tensor], targets: Any, bank: MemoryBank | None
+    ) -> Tensor | dict[str, Any]:
+        """Computes the local loss.
+
+        Args:
+            maps: Feature maps ``(N, C, H, W)`` by unit name: ``site.own`` with
+                their graph, ``site.earlier`` detached if there is a bank.
+            targets: What the model's own loss is computed from: the list of data
+                samples in OpenMMLab.
+            bank: The memory bank, for its long-term statistics.
+
+        Returns:
+            A scalar, or a dictionary in which each key with ``loss`` is a term.
+        """
+
+
+def find_sites(
+    model: nn.Module, modules: list[LocalModule], taps: list[Tap]
+) -> list[AuxSite]:
+    """Describes the places of the auxiliary heads of a partitioned model.
+
+    Args:
+        model: The whole model.
+        modules: Its K modules.
+        taps: One tap a unit, from `man_mm.backbones.probe`.
+
+    Returns:
+        K - 1 sites, one for each module but the last.
+    """
+    by_name = {tap.name: tap for tap in taps}
+    ends = [
+        tap
+        for tap, after in zip(taps, taps[1:], strict=False)
+        if tap.stage != after.stage
+    ]
+    ends.append(taps[-1])
+    sites, earlier = [], []
+    for module in modules[:-1]:
+        own = [by_name[name] for name in stage_ends(module)]
+        finished = {tap.name for tap in (*own, *earlier)}
+        later = [
+            end
+            for end in ends
+            if end.stage >= own[-1].stage and end.name not in finished
+        ]
+        sites.append(AuxSite(model, module, tuple(own), tuple(earlier), tuple(later)))
+        earlier += own
+    return sites

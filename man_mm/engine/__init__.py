@@ -1,0 +1,23 @@
+"""mmengine glue: optimizer wrapper, constructor, hooks."""
+
+from mmengine import registry as root
+
+from man_mm.core import CutPartition, StagePartition
+
+from . import compat
+from .constructor import LocalLearningOptimWrapperConstructor, build_learner
+from .hooks import MemoryBankHook
+from .optim_wrapper import LocalLearningOptimWrapper
+from .random_state import RandomStateHook
+
+for _partition in (StagePartition, CutPartition):
+    root.TASK_UTILS.register_module(module=_partition)
+compat.allow_safe_loading()
+
+__all__ = [
+    'LocalLearningOptimWrapper',
+    'LocalLearningOptimWrapperConstructor',
+    'MemoryBankHook',
+    'RandomStateHook',
+    'build_learner',
+]

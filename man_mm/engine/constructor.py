@@ -1,0 +1,146 @@
+"""From the config's ``optim_wrapper`` to a partitioned model and its optimizer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from mmengine import registry as root
+from mmengine.model import is_model_wrapper
+from mmengine.optim import DefaultOptimWrapperConstructor
+from torch import nn
+
+from man_mm.aux_heads import find_sites
+from man_mm.backbones import find_units, probe
+from man_mm.core import LocalLearner, split
+
+from .checks import check_model_wrapper, check_wrapper_type
+from .distributed import broadcast_module
+from .optim_wrapper import LocalLearningOptimWrapper
+
+_DEFAULTS = dict(
+    partition=dict(type='StagePartition'),
+    aux_head=dict(type='MANHead'),
+    aux_lr_mult=1.0,
+    aux_decay_mult=1.0,
+    update='module',
+    clip='module',
+)
+
+
+@root.OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Builds a `LocalLearningOptimWrapper` and all that belongs to it.
+
+    ``optim_wrapper`` takes, beside mmengine's own keys, a dictionary
+    ``local_learning``, whose keys and defaults are:
+
+    - ``partition=dict(type='StagePartition')``: where the model is cut.
+    - ``aux_head=dict(type='MANHead')``: the auxiliary head of each module.
+    - ``aux_lr_mult=1.0``, ``aux_decay_mult=1.0``: learning rate and weight decay of
+      the heads, as multiples of the model's (eta_a / eta_l in arXiv 2406.00446).
+    - ``update='module'``, ``clip='module'``: see `LocalLearningOptimWrapper`.
+
+    Args:
+        optim_wrapper_cfg: The config's ``optim_wrapper``.
+        paramwise_cfg: Its ``paramwise_cfg``; applies to the heads too.
+
+    Raises:
+        ValueError: If a key is unknown or another wrapper type is configured.
+    """
+
+    def __init__(
+        self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None
+    ) -> None:
+        optim_wrapper_cfg = dict(optim_wrapper_cfg)
+        given = dict(optim_wrapper_cfg.pop('local_learning', None) or {})
+        unknown = sorted(set(given) - set(_DEFAULTS))
+        if unknown:
+            raise ValueError(
+                f'optim_wrapper.local_learning has unknown keys {unknown}; it takes '
+                f'{sorted(_DEFAULTS)}.'
+            )
+        self.options = {**_DEFAULTS, **given}
+        for key in ('partition', 'aux_head'):
+            self.options[key] = {**_DEFAULTS[key], **self.options[key]}
+        wrapper = optim_wrapper_cfg.setdefault('type', LocalLearningOptimWrapper)
+        check_wrapper_type(wrapper if isinstance(wrapper, str) else wrapper.__name__)
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+
+    def __call__(self, model: nn.Module) -> LocalLearningOptimWrapper:
+        """Partitions the model, builds its heads and one optimizer for both.
+
+        Args:
+            model: The model, on its device, plain or in
+                ``MMDistributedDataParallel``.
+        """
+        check_model_wrapper(model)
+        if is_model_wrapper(model):
+            model = model.module
+        learner = build_learner(
+            model, self.options['partition'], self.options['aux_head']
+        )
+        groups = self._groups(model)
+        for group in self._groups(learner.heads):
+            if self.base_lr is not None:
+                lr = group.get('lr', self.base_lr)
+                group['lr'] = lr * self.options['aux_lr_mult']
+            if self.base_wd is not None:
+                decay = group.get('weight_decay', self.base_wd)
+                group['weight_decay'] = decay * self.options['aux_decay_mult']
+            groups.append(group)
+        optimizer = root.OPTIMIZERS.build({**self.optimizer_cfg, 'params': groups})
+        return root.OPTIM_WRAPPERS.build(
+            self.optim_wrapper_cfg,
+            default_args=dict(
+                optimizer=optimizer,
+                learner=learner,
+                update=self.options['update'],
+                clip=self.options['clip'],
+            ),
+        )
+
+    def _groups(self, module: nn.Module) -> list[dict]:
+        groups: list[dict] = []
+        if self.paramwise_cfg:
+            self.add_params(groups, module)
+        elif any(True for _ in module.parameters()):
+            groups.append(dict(params=list(module.parameters())))
+        return groups
+
+
+def build_learner(
+    model: nn.Module, partition: dict[str, Any], aux_head: dict[str, Any]
+) -> LocalLearner:
+    """Partitions a model and builds the auxiliary heads, on the model's device.
+
+    The heads are initialised from a random state of their own, so that a model's
+    initial weights do not depend on whether it is trained by local learning.
+
+    Args:
+        model: The plain model.
+        partition: Config of a partition.
+        aux_head: Config of an auxiliary head; built once for each module but the
+            last, with ``site`` added.
+
+    Returns:
+        A learner without a bank; `MemoryBankHook` adds one.
+
+    Raises:
+        ValueError: If the model cannot be cut so, or has no such head.
+    """
+    units = find_units(model)
+    cuts = root.TASK_UTILS.build(dict(partition)).cuts(units)
+    modules = split(model, units, cuts)
+    heads = []
+    if len(modules) > 1:
+        taps = probe(model, units)
+        device = next(model.parameters()).device
+        with torch.random.fork_rng():
+            for site in find_sites(model, modules, taps):
+                config = dict(copy.deepcopy(aux_head), site=site)
+                heads.append(root.MODELS.build(config).to(device))
+    learner = LocalLearner(model, modules, heads)
+    broadcast_module(learner.heads)
+    return learner

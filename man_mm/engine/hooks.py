@@ -1,0 +1,50 @@
+"""MemoryBankHook: gives the auxiliary heads a memory bank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine import registry as root
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from man_mm.core import MemoryBank
+
+from .checks import check_wrapper_type
+from .distributed import average_tensors
+from .random_state import RandomStateHook
+
+
+@root.HOOKS.register_module()
+class MemoryBankHook(Hook):
+    """Adds a `MemoryBank` to the run, keeps it equal on all ranks, logs its bytes.
+
+    It also brings in `RandomStateHook`, with which a resumed run ends exactly where
+    an uninterrupted one does.
+
+    Args:
+        long_term: Whether the bank keeps long-term memory. Default: True.
+        momentum: Its momentum, in [0, 1). Default: 0.99.
+    """
+
+    def __init__(self, long_term: bool = True, momentum: float = 0.99) -> None:
+        self.bank = MemoryBank(long_term, momentum)
+
+    def before_run(self, runner: Runner) -> None:
+        """Hands the bank to the learner, before a checkpoint is loaded into it."""
+        check_wrapper_type(type(runner.optim_wrapper).__name__)
+        runner.optim_wrapper.learner.bank = self.bank
+        if not any(isinstance(hook, RandomStateHook) for hook in runner.hooks):
+            runner.register_hook(RandomStateHook())
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Averages the long-term memory over ranks and logs the bank's bytes."""
+        average_tensors(self.bank.moments())
+        nbytes = runner.optim_wrapper.learner.bank_bytes
+        runner.message_hub.update_scalar('train/bank_bytes', nbytes)

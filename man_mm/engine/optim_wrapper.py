@@ -1,0 +1,220 @@
+"""LocalLearningOptimWrapper: a backward pass, and an update, for each module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from mmengine import registry as root
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from man_mm.core import LocalLearner, LocalModule
+
+from .checks import check_model_wrapper, check_start
+from .distributed import average_gradients
+
+
+@root.OPTIM_WRAPPERS.register_module()
+class LocalLearningOptimWrapper(OptimWrapper):
+    """Back-propagates each module right after its forward pass.
+
+    Built by `LocalLearningOptimWrapperConstructor`, which makes the learner and adds
+    the auxiliary heads to the optimizer. With K = 1 it is mmengine's ``OptimWrapper``,
+    bit for bit.
+
+    Args:
+        optimizer: One optimizer over the model and all auxiliary heads.
+        learner: The learner whose modules are trained.
+        update: ``'module'`` steps and frees a module's gradients right after its
+            backward pass; ``'iteration'`` steps all modules at the end. Both give
+            the same weights. Default: ``'module'``.
+        clip: ``'module'`` applies ``clip_grad`` to each module with its head alone;
+            ``'global'`` to all together, which needs ``update='iteration'``.
+            Default: ``'module'``.
+        **kwargs: ``accumulative_counts`` and ``clip_grad`` of ``OptimWrapper``.
+
+    Raises:
+        ValueError: If an option is unknown or two do not go together.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        learner: LocalLearner,
+        update: str = 'module',
+        clip: str = 'module',
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(optimizer, **kwargs)
+        for key, value, known in (
+            ('update', update, ('module', 'iteration')),
+            ('clip', clip, ('module', 'global')),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f'optim_wrapper.local_learning.{key} must be one of {known}, got '
+                    f'{value!r}.'
+                )
+        if clip == 'global' and update == 'module':
+            raise ValueError(
+                "optim_wrapper.local_learning.clip='global' needs the gradients of all "
+                "modules at once: set optim_wrapper.local_learning.update='iteration'."
+            )
+        self.learner = learner
+        self.update = update
+        self.clip = clip
+
+    def initialize_count_status(
+        self, model: nn.Module, init_counts: int, max_counts: int
+    ) -> None:
+        """Checks that training can start; the runner calls it just before.
+
+        Args:
+            model: The model, wrapped or not.
+            init_counts: Iterations done so far.
+            max_counts: Iterations in total.
+        """
+        check_start(self.learner)
+        super().initialize_count_status(model, init_counts, max_counts)
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Arms the learner for one training step.
+
+        Gradients are averaged over ranks module by module, by this wrapper, so DDP's
+        own reduction stays off.
+
+        Args:
+            model: The model, plain or in ``MMDistributedDataParallel``.
+        """
+        check_model_wrapper(model)
+        plain = model.module if is_model_wrapper(model) else model
+        with ExitStack() as stack:
+            if is_model_wrapper(model):
+                stack.enter_context(model.no_sync())
+            handle = plain.register_forward_pre_hook(self._capture, with_kwargs=True)
+            stack.callback(handle.remove)
+            stack.enter_context(self.learner.step(backward=self.local_backward))
+            yield
+
+    def local_backward(self, loss: Tensor, module: LocalModule) -> None:
+        """Back-propagates a local loss, without counting an iteration.
+
+        Args:
+            loss: The local loss, a scalar.
+            module: The module that it trains.
+        """
+        self.scale_loss(loss).backward()
+        if self.should_sync():
+            self._finish(module)
+
+    def update_params(
+        self,
+        loss: Tensor,
+        step_kwargs: dict | None = None,
+        zero_kwargs: dict | None = None,
+    ) -> None:
+        """Back-propagates the model's own loss through the last module, and updates.
+
+        Args:
+            loss: The model's loss, a scalar.
+            step_kwargs: Arguments of ``optimizer.step``.
+            zero_kwargs: Accepted for compatibility; gradients are always freed.
+        """
+        modules = self.learner.modules
+        self.backward(self.scale_loss(loss))
+        if self.should_update():
+            self._finish(modules[-1])
+            if self.update == 'iteration':
+                self._step(modules, **(step_kwargs or {}))
+        for name, value in self.learner.losses.items():
+            self.message_hub.update_scalar(f'train/{name}/loss', value)
+
+    def state_dict(self) -> dict:
+        """State of the optimizer, the auxiliary heads and the long-term memory."""
+        bank = self.learner.bank
+        local = dict(
+            heads=self.learner.heads.state_dict(),
+            bank=None if bank is None else bank.state_dict(),
+        )
+        return {**super().state_dict(), 'local_learning': local}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores what `state_dict` returned.
+
+        Raises:
+            ValueError: If the state is not of a run with the same modules and heads.
+        """
+        state = dict(state_dict)
+        local = state.pop('local_learning', None)
+        if local is None and len(self.learner.heads):
+            raise ValueError(
+                'The checkpoint was not trained by local learning, so it has no '
+                'auxiliary heads to resume: start from its weights with load_from '
+                'instead of resume.'
+            )
+        if local is not None:
+            try:
+                self.learner.heads.load_state_dict(local['heads'])
+            except RuntimeError as error:
+                raise ValueError(
+                    'The auxiliary heads in the checkpoint do not fit this '
+                    'configuration: resume with the partition and aux_head that it was '
+                    f'trained with, or use load_from. {error}'
+                ) from error
+            if local['bank'] is not None and self.learner.bank is not None:
+                self.learner.bank.load_state_dict(local['bank'])
+        super().load_state_dict(state)
+
+    def _capture(self, _model: nn.Module, args: tuple, kwargs: dict) -> None:
+        # The signature of every OpenMMLab model: forward(inputs, data_samples, mode).
+        self.learner.targets = kwargs.get('data_samples', (*args, None, None)[1])
+
+    def _finish(self, module: LocalModule) -> None:
+        params = self.learner.params(module)
+        average_gradients(params)
+        if self.update == 'module':
+            self._step([module])
+
+    def _step(self, modules: Sequence[LocalModule], **kwargs: Any) -> None:
+        params = [self.learner.params(module) for module in modules]
+        if self.clip == 'global':
+            self._clip('grad_norm', [p for group in params for p in group])
+        else:
+            for module, group in zip(modules, params, strict=True):
+                self._clip(f'{module.name}/grad_norm', group)
+        stepped = {p for group in params for p in group}
+        with _only(self.optimizer, stepped):
+            self.optimizer.step(**kwargs)
+        for param in stepped:
+            param.grad = None
+
+    def _clip(self, name: str, params: Sequence[nn.Parameter]) -> None:
+        params = [p for p in params if p.grad is not None]
+        if not params:
+            return
+        if self.clip_grad_kwargs:
+            norm = self.clip_func(params, **self.clip_grad_kwargs)
+        else:
+            norms = [torch.linalg.vector_norm(p.grad) for p in params]
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+        if norm is not None:
+            self.message_hub.update_scalar(f'train/{name}', norm)
+
+
+@contextmanager
+def _only(optimizer: Optimizer, params: set[nn.Parameter]) -> Iterator[None]:
+    """Limits an optimizer to some parameters: others may hold unfinished gradients."""
+    groups = [(group, group['params']) for group in optimizer.param_groups]
+    try:
+        for group, all_params in groups:
+            group['params'] = [p for p in all_params if p in params]
+        yield
+    finally:
+        for group, all_params in groups:
+            group['params'] = all_params

@@ -1,0 +1,75 @@
+"""Small real detectors, and the batch that they train on."""
+
+import copy
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+
+MMDET = Path(find_spec('mmdet').origin).parent
+STOCK = {
+    'retinanet': 'retinanet/retinanet_r50_fpn_1x_coco.py',
+    'faster_rcnn': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+}
+LOCAL_LEARNING = dict(
+    type='LocalLearningOptimWrapper',
+    constructor='LocalLearningOptimWrapperConstructor',
+)
+
+
+def detector_config(name: str, depth: int, frozen: int = -1) -> Config:
+    """A stock config, with a narrow backbone without pretrained weights."""
+    cfg = Config.fromfile(MMDET / '.mim/configs' / STOCK[name])
+    widths = [16 * 2**i * (4 if depth >= 50 else 1) for i in range(4)]
+    cfg.model.backbone.update(
+        depth=depth, base_channels=16, frozen_stages=frozen, init_cfg=None
+    )
+    cfg.model.neck.in_channels = widths
+    cfg.model.data_preprocessor.pad_size_divisor = 32
+    return cfg
+
+
+def build_detector(cfg: Config, seed: int = 0) -> torch.nn.Module:
+    init_default_scope('mmdet')
+    torch.manual_seed(seed)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    return model.train()
+
+
+def build_wrapper(model, bank=True, optimizer=None, clip_grad=None, **local_learning):
+    """The wrapper as the runner builds it; with a bank unless told otherwise."""
+    import man_mm
+
+    cfg = dict(
+        LOCAL_LEARNING,
+        optimizer=optimizer or dict(type='SGD', lr=0.01, momentum=0.9),
+        clip_grad=clip_grad,
+        local_learning=local_learning,
+    )
+    wrapper = build_optim_wrapper(model, copy.deepcopy(cfg))
+    if bank:
+        wrapper.learner.bank = man_mm.MemoryBank()
+    return wrapper
+
+
+def batch_of(size: int = 2, height: int = 64, width: int = 96) -> dict:
+    from mmdet.testing import demo_mm_inputs
+
+    return demo_mm_inputs(
+        size, (3, height, width), num_items=[3] * size, num_classes=80
+    )
+
+
+@pytest.fixture(params=['retinanet', 'faster_rcnn'])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params=[18, 50])
+def depth(request):
+    return request.param

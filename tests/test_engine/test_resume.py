@@ -1,0 +1,113 @@
+"""A resumed run ends bitwise where an uninterrupted one ends, with real runners."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import detector_config
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))
+from make_digits import make_digits
+
+ITERS = 5
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    return make_digits(tmp_path_factory.mktemp('digits'), 12, 4, 64, 0)
+
+
+def run(kind, digits, work_dir, iters=ITERS, workers=0, **overrides):
+    """Trains some iterations of a short run, resuming what the work dir holds."""
+    cfg = Config.fromfile('configs/man/retinanet_r18_man_demo.py')
+    if kind == 'faster_rcnn':
+        small = detector_config(kind, 18)
+        cfg.model = small.model
+        cfg.model.backbone.norm_eval = False
+    cfg.merge_from_dict(
+        {
+            'train_dataloader.batch_size': 2,
+            'train_dataloader.num_workers': workers,
+            'train_dataloader.persistent_workers': workers > 0,
+            'train_dataloader.dataset.data_root': f'{digits}/',
+            'val_dataloader.dataset.data_root': f'{digits}/',
+            'val_dataloader.num_workers': 0,
+            'val_dataloader.persistent_workers': False,
+            'val_evaluator.ann_file': f'{digits}/annotations/instances_val.json',
+            'train_cfg.max_iters': ITERS,
+            'train_cfg.val_interval': 2,
+            'default_hooks.checkpoint.interval': 1,
+            'default_hooks.checkpoint.max_keep_ckpts': 20,
+            'work_dir': str(work_dir),
+            'resume': True,
+            'default_hooks.logger.interval': 1,
+            **overrides,
+        }
+    )
+    cfg.pop('test_dataloader'), cfg.pop('test_cfg'), cfg.pop('test_evaluator')
+    # Random augmentation makes the data depend on the random state.
+    cfg.train_dataloader.dataset.pipeline.insert(2, dict(type='RandomFlip', prob=0.5))
+    cfg.experiment_name = f'{work_dir.name}-{iters}-{kind}'
+    runner = Runner.from_cfg(cfg)
+    if iters < ITERS:  # stop in the middle, as an interruption would
+        runner.train_loop.stop_training = False
+        run_iter = runner.train_loop.run_iter
+
+        def stop(batch):
+            run_iter(batch)
+            runner.train_loop.stop_training = runner.train_loop.iter >= iters
+
+        runner.train_loop.run_iter = stop
+    runner.train()
+    return torch.load(work_dir / f'iter_{iters}.pth', weights_only=True)
+
+
+def equal(a, b, path=''):
+    """Names of the entries in which two checkpoints differ."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        return [d for k in a for d in equal(a[k], b[k], f'{path}.{k}')]
+    if isinstance(a, list | tuple):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True))
+                for d in equal(x, y, f'{path}.{i}')]  # fmt: skip
+    return [] if a == b else [path]
+
+
+KEYS = ('state_dict', 'optimizer', 'random_state', 'param_schedulers')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_resume_is_bitwise(kind, workers, digits, tmp_path):
+    whole = run(kind, digits, tmp_path / 'whole', workers=workers)
+    for stop in (1, 3) if workers == 0 else (2,):
+        work_dir = tmp_path / f'stopped{stop}'
+        first = run(kind, digits, work_dir, iters=stop, workers=workers)
+        resumed = run(kind, digits, work_dir, workers=workers)
+        for key in KEYS:
+            assert equal(whole[key], resumed[key]) == []
+        assert equal(whole['state_dict'], first['state_dict'])  # control
+    assert 'moments' in whole['optimizer']['local_learning']['bank']
+
+
+def test_control_without_random_state(digits, tmp_path, monkeypatch):
+    from man_mm import RandomStateHook
+
+    whole = run('faster_rcnn', digits, tmp_path / 'whole')
+    run('faster_rcnn', digits, tmp_path / 'stopped', iters=3)
+    monkeypatch.setattr(RandomStateHook, 'after_load_checkpoint', lambda *_: None)
+    resumed = run('faster_rcnn', digits, tmp_path / 'stopped')
+    assert equal(whole['state_dict'], resumed['state_dict'])
+
+
+def test_published_checkpoint_is_clean(digits, tmp_path):
+    saved = run(
+        'retinanet', digits, tmp_path / 'run',
+        **{'default_hooks.checkpoint.save_optimizer': False},
+    )  # fmt: skip
+    assert 'optimizer' not in saved and 'random_state' not in saved
+    assert not any('aux' in key or 'heads' in key for key in saved['state_dict'])

@@ -10,9 +10,12 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
+import man_mm
+
 MMDET = Path(find_spec('mmdet').origin).parent
 STOCK = {
     'retinanet': 'retinanet/retinanet_r50_fpn_1x_coco.py',
+    'atss': 'atss/atss_r50_fpn_1x_coco.py',
     'faster_rcnn': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
 }
 LOCAL_LEARNING = dict(
@@ -29,7 +32,11 @@ def detector_config(name: str, depth: int, frozen: int = -1) -> Config:
         depth=depth, base_channels=16, frozen_stages=frozen, init_cfg=None
     )
     cfg.model.neck.in_channels = widths
-    cfg.model.data_preprocessor.pad_size_divisor = 32
+    if name == 'faster_rcnn':
+        cfg.model.roi_head.bbox_head.fc_out_channels = 64
+        cfg.model.test_cfg.rcnn.score_thr = 0  # an untrained model predicts something
+    else:
+        cfg.model.test_cfg.score_thr = 0
     return cfg
 
 
@@ -43,8 +50,6 @@ def build_detector(cfg: Config, seed: int = 0) -> torch.nn.Module:
 
 def build_wrapper(model, bank=True, optimizer=None, clip_grad=None, **local_learning):
     """The wrapper as the runner builds it; with a bank unless told otherwise."""
-    import man_mm
-
     cfg = dict(
         LOCAL_LEARNING,
         optimizer=optimizer or dict(type='SGD', lr=0.01, momentum=0.9),
@@ -57,12 +62,11 @@ def build_wrapper(model, bank=True, optimizer=None, clip_grad=None, **local_lear
     return wrapper
 
 
-def batch_of(size: int = 2, height: int = 64, width: int = 96) -> dict:
+def batch_of(size: int = 2, height: int = 64, width: int = 96, classes: int = 80):
     from mmdet.testing import demo_mm_inputs
 
-    return demo_mm_inputs(
-        size, (3, height, width), num_items=[3] * size, num_classes=80
-    )
+    shape, boxes = (3, height, width), [3] * size
+    return demo_mm_inputs(size, shape, num_items=boxes, num_classes=classes)
 
 
 @pytest.fixture(params=['retinanet', 'faster_rcnn'])

@@ -11,6 +11,8 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 
+from man_mm.aux_heads.man_det import num_classes
+
 CONFIGS = sorted(Path('configs/man').glob('*.py'))
 WIDTHS = {18: 1, 34: 1, 50: 4, 101: 4}
 
@@ -33,7 +35,8 @@ def test_config_trains(path):
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     wrapper.learner.bank = HOOKS.build(cfg.default_hooks.memory_bank).bank
     before = [p.clone() for p in model.parameters()]
-    logs = model.train_step(batch_of(), wrapper)
+    batch = batch_of(classes=num_classes(model))
+    logs = model.train_step(batch, wrapper)
     assert torch.isfinite(logs['loss'])
     frozen = cfg.model.backbone.frozen_stages
     assert len(wrapper.learner.modules) == (3 if frozen == 1 else 4)

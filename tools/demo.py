@@ -34,6 +34,7 @@ CONFIGS = {
 WORK_DIR = Path('work_dirs/demo')
 SHOWN = re.compile(r'Iter\((train|val)\).*|.*(Error|error).*')
 SCENES = 8
+SIZE = 96  # pixels, of the images of make_digits
 
 console = Console()
 
@@ -158,15 +159,17 @@ def main() -> None:
     seed = parser.parse_args().seed
 
     console.rule('data set')
-    make_digits('data/digits')
+    make_digits('data/digits', size=SIZE)
     runs = {name: train(name, seed) for name in CONFIGS}
 
     console.rule('memory and time of a step, both schemes in turn')
     cfg = load_config(CONFIGS['local learning'])
     batch = cfg.train_dataloader.batch_size
-    steps = measure(cfg, 128, 128, batch, repeats=7)
+    steps = measure(cfg, SIZE, SIZE, batch, repeats=7)
 
-    table = Table(title=f'RetinaNet-R18 on digits, {batch} x 128x128, seed {seed}')
+    table = Table(
+        title=f'RetinaNet-R18 on digits, {batch} x {SIZE}x{SIZE}, seed {seed}'
+    )
     for column in ('', 'mAP', 'AP50', 'peak MiB', 'step s', 'run s'):
         table.add_column(column, justify='right' if column else 'left')
     record = {}

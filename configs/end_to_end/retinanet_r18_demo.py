@@ -8,12 +8,18 @@ model = dict(
         norm_eval=False,
         init_cfg=None,
     ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, num_outs=3),
+    neck=dict(
+        in_channels=[32, 64, 128, 256],
+        out_channels=64,
+        num_outs=3,
+        norm_cfg=dict(type='GN', num_groups=16),
+    ),
     bbox_head=dict(
         num_classes=10,
         in_channels=64,
         feat_channels=64,
         stacked_convs=2,
+        norm_cfg=dict(type='GN', num_groups=16),
         anchor_generator=dict(
             octave_base_scale=2, scales_per_octave=2, ratios=[1.4], strides=[8, 16, 32]
         ),
@@ -70,11 +76,11 @@ train_cfg = dict(
     _delete_=True, type='IterBasedTrainLoop', max_iters=max_iters, val_interval=400
 )
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05),
+    optimizer=dict(_delete_=True, type='AdamW', lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [
-    dict(type='OneCycleLR', eta_max=1e-3, total_steps=max_iters, by_epoch=False)
+    dict(type='OneCycleLR', eta_max=2e-3, total_steps=max_iters, by_epoch=False)
 ]
 
 default_hooks = dict(

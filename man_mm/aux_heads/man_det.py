@@ -87,7 +87,7 @@ class LightDetector(nn.Module):
                 in_channels=channels,
                 feat_channels=channels,
                 stacked_convs=num_convs,
-                norm_cfg=dict(type='GN', num_groups=math.gcd(32, channels)),
+                norm_cfg=dict(type='GN', num_groups=math.gcd(8, channels)),
                 anchor_generator=dict(
                     type='AnchorGenerator',
                     ratios=[1.0],

@@ -37,7 +37,7 @@ class Lateral(nn.Module):
         """
         if statistics is None:
             return self.conv(map_)
-        mean, variance = statistics
+        mean, variance = (x.to(self.conv.weight) for x in statistics)
         scale = (variance + 1e-5).rsqrt()
         weight = self.conv.weight * scale[None, :, None, None]
         return F.conv2d(map_, weight, self.conv.bias - weight.flatten(1) @ mean)
@@ -107,9 +107,10 @@ class LocalPyramid(nn.Module):
 
 
 def _block(channels: int, stride: int) -> nn.Sequential:
-    # GroupNorm: local heads must not depend on how many images a GPU holds.
+    # GroupNorm: local heads must not depend on how many images a GPU holds. Few
+    # groups: the coarsest maps have one location, and a group must not vanish.
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False),
-        nn.GroupNorm(math.gcd(32, channels), channels),
+        nn.GroupNorm(math.gcd(8, channels), channels),
         nn.ReLU(inplace=True),
     )

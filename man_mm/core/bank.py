@@ -43,6 +43,7 @@ class MemoryBank(Mapping[str, Tensor]):
         self._versions: dict[str, int] = {}
         self._moments: dict[str, Tensor] = {}
         self._updates: dict[str, int] = {}
+        self._pending: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         map_ = self._maps[name]
@@ -69,10 +70,16 @@ class MemoryBank(Mapping[str, Tensor]):
         self._maps[name] = map_.detach()
         self._versions[name] = self._maps[name]._version
         if self.long_term:
-            self._remember(name, map_.detach())
+            self._pending[name] = _moments(map_.detach())
 
     def clear(self) -> None:
-        """Forgets the batch memory; long-term memory stays."""
+        """Forgets the batch memory, after adding it to the long-term memory.
+
+        Heads thus read statistics of earlier steps only, which are equal on all ranks.
+        """
+        for name, moments in self._pending.items():
+            self._remember(name, moments)
+        self._pending.clear()
         self.shared.clear()
         self._maps.clear()
         self._versions.clear()
@@ -87,7 +94,7 @@ class MemoryBank(Mapping[str, Tensor]):
     @property
     def nbytes(self) -> int:
         """Bytes of both memories; maps that share a storage count once."""
-        return tensor_bytes([self._maps, self._moments])
+        return tensor_bytes([self._maps, self._moments, self._pending])
 
     def moments(self) -> list[Tensor]:
         """The long-term tensors ``(2, C)``, in the order of their names.
@@ -105,10 +112,7 @@ class MemoryBank(Mapping[str, Tensor]):
         self._moments = {k: v.clone() for k, v in state['moments'].items()}
         self._updates = dict(state['updates'])
 
-    @torch.no_grad()
-    def _remember(self, name: str, map_: Tensor) -> None:
-        var, mean = torch.var_mean(map_.float(), dim=(0, 2, 3), correction=0)
-        new = torch.stack([mean, var + mean**2])
+    def _remember(self, name: str, new: Tensor) -> None:
         seen = self._updates.get(name, 0)
         old = self._moments[name].to(new) if seen else torch.zeros_like(new)
         # A new tensor, not an in-place update: graphs may have saved the old one.
@@ -116,3 +120,10 @@ class MemoryBank(Mapping[str, Tensor]):
         # One bad batch must not poison what outlives it.
         self._moments[name] = torch.where(moments.isfinite(), moments, old)
         self._updates[name] = seen + 1
+
+
+@torch.no_grad()
+def _moments(map_: Tensor) -> Tensor:
+    """Mean and mean square of every channel, ``(2, C)`` in float32."""
+    variance, mean = torch.var_mean(map_.float(), dim=(0, 2, 3), correction=0)
+    return torch.stack([mean, variance + mean**2])

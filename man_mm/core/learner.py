@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank import MemoryBank
-from .partition import LocalModule
+from .partition import LocalModule, Unit
 
 Losses = Tensor | Mapping[str, Any]
 
@@ -111,9 +111,11 @@ class LocalLearner:
                 self.bank.clear()
 
     def _arm(self, module: LocalModule, backward, handles: list) -> None:
-        for unit in stage_ends(module):
-            submodule = self.model.get_submodule(unit)
-            handles.append(submodule.register_forward_hook(self._keep(unit)))
+        for unit, following in inner_stage_ends(module):
+            end = self.model.get_submodule(unit.name)
+            start = self.model.get_submodule(following.parts[0])
+            handles.append(end.register_forward_hook(self._branch(unit.name)))
+            handles.append(start.register_forward_pre_hook(self._rejoin(unit.name)))
 
         def cut(_submodule: nn.Module, _args: tuple, output: Tensor) -> Tensor:
             return self._cut(module, backward, output)
@@ -125,14 +127,24 @@ class LocalLearner:
             start = self.model.get_submodule(following.units[0].parts[0])
             handles.append(start.register_forward_pre_hook(_require_grad))
 
-    def _keep(self, unit: str):
-        def hook(_submodule: nn.Module, _args: tuple, output: Tensor) -> None:
-            self._own[unit] = output
+    def _branch(self, name: str):
+        # Necks read the end of a stage: they get it detached, since its graph is
+        # gone when they are back-propagated. The next unit gets it back with graph.
+        def hook(_submodule: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+            self._own[name] = output
+            return output.detach()
+
+        return hook
+
+    def _rejoin(self, name: str):
+        def hook(_submodule: nn.Module, _args: tuple) -> Tensor:
+            return self._own[name]
 
         return hook
 
     def _cut(self, module: LocalModule, backward, output: Tensor) -> Tensor:
         self._check(module, output)
+        self._own[module.cut] = output
         earlier = {} if self.bank is None else self.bank
         maps = {**earlier, **self._own}
         loss = total_loss(self.heads[module.index](maps, self.targets, self.bank))
@@ -164,15 +176,18 @@ class LocalLearner:
             )
 
 
-def stage_ends(module: LocalModule) -> list[str]:
-    """Names of the units whose maps heads may read: stage ends, and the cut."""
-    units = module.units
-    ends = [
-        unit.name
-        for unit, following in zip(units, units[1:], strict=False)
+def inner_stage_ends(module: LocalModule) -> list[tuple[Unit, Unit]]:
+    """Units that end a stage inside a module, each with the unit that follows it."""
+    return [
+        (unit, following)
+        for unit, following in zip(module.units, module.units[1:], strict=False)
         if unit.stage != following.stage and unit.stage >= 0
     ]
-    return [*ends, module.cut]
+
+
+def stage_ends(module: LocalModule) -> list[str]:
+    """Names of the units whose maps heads may read: stage ends, and the cut."""
+    return [*(unit.name for unit, _ in inner_stage_ends(module)), module.cut]
 
 
 def total_loss(losses: Losses) -> Tensor:

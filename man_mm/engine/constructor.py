@@ -113,7 +113,7 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 def build_learner(
     model: nn.Module, partition: dict[str, Any], aux_head: dict[str, Any]
 ) -> LocalLearner:
-    """Partitions a model and builds the auxiliary heads, on the model's device.
+    """Partitions a model and builds its auxiliary heads, of its device and dtype.
 
     The heads are initialised from a random state of their own, so that a model's
     initial weights do not depend on whether it is trained by local learning.
@@ -136,11 +136,11 @@ def build_learner(
     heads = []
     if len(modules) > 1:
         taps = probe(model, units)
-        device = next(model.parameters()).device
+        like = next(model.parameters())
         with torch.random.fork_rng():
             for site in find_sites(model, modules, taps):
                 config = dict(copy.deepcopy(aux_head), site=site)
-                heads.append(root.MODELS.build(config).to(device))
+                heads.append(root.MODELS.build(config).to(like))
     learner = LocalLearner(model, modules, heads)
     broadcast_module(learner.heads)
     return learner

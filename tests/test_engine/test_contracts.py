@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import batch_of, build_detector, build_wrapper, detector_config
 from mmengine.optim import build_optim_wrapper
+from torch.utils.flop_counter import FlopCounterMode
 
 from man_mm.core import LocalLearner
 from man_mm.core.memory import measure_memory, tensor_bytes
@@ -222,23 +223,23 @@ class TestPlainModel:
             m._forward_hooks or m._forward_pre_hooks for m in model.modules()
         )
         stock.load_state_dict(model.state_dict(), strict=True)
-        model.eval(), stock.eval()
-        a = model.test_step(batch_of())
-        b = stock.test_step(batch_of())
-        for x, y in zip(a, b, strict=True):
-            assert torch.equal(x.pred_instances.bboxes, y.pred_instances.bboxes)
-            assert torch.equal(x.pred_instances.scores, y.pred_instances.scores)
-        weight = next(
-            stock.bbox_head.parameters()
-            if kind == 'retinanet'
-            else stock.rpn_head.parameters()
-        )
-        weight.data += 1  # control
-        c = stock.test_step(batch_of())
-        assert not all(
-            torch.equal(x.pred_instances.scores, y.pred_instances.scores)
-            for x, y in zip(a, c, strict=True)
-        )
+        ours, flops = self.predict(model)
+        theirs, stock_flops = self.predict(stock)
+        assert len(ours) and same(ours, theirs) and flops == stock_flops > 0
+        stock.backbone.conv1.weight.data *= 2  # control
+        changed, _ = self.predict(stock)
+        assert len(changed) != len(ours) or not same(ours, changed)
+
+    @staticmethod
+    def predict(model):
+        model.eval()
+        with FlopCounterMode(display=False) as counter:
+            results = model.test_step(batch_of())
+        found = [sample.pred_instances for sample in results]
+        assert sum(len(instances) for instances in found)
+        return [
+            x for i in found for x in (i.bboxes, i.scores)
+        ], counter.get_total_flops()
 
     def test_initial_weights_do_not_depend_on_local_learning(self, kind):
         from mmengine.registry import MODELS

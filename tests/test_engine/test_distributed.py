@@ -14,15 +14,13 @@ def half(batch, rank):
 
 
 def config():
-    cfg = detector_config('retinanet', 18)
-    # Sums over the batch that do not depend on how it is divided.
-    cfg.model.backbone.norm_eval = True
-    return cfg
+    # ATSS divides its losses by what all ranks found, RetinaNet by its own rank's.
+    return detector_config('atss', 18)
 
 
-def batches(same_boxes=True):
-    torch.manual_seed(0)
-    return [batch_of(2) for _ in range(2)]
+def batches():
+    # Not smaller: on a map of one location, GroupNorm magnifies rounding errors.
+    return [batch_of(2, 128, 128) for _ in range(2)]
 
 
 def worker(rank, port, folder, update, average):
@@ -38,7 +36,9 @@ def worker(rank, port, folder, update, average):
 
     if not average:
         optim_wrapper.average_gradients = lambda params: None
-    model = MMDistributedDataParallel(build_detector(config()), broadcast_buffers=False)
+    model = MMDistributedDataParallel(
+        build_detector(config()).double(), broadcast_buffers=False
+    )
     # Heads differ before they are broadcast from rank 0.
     torch.manual_seed(rank)
     wrapper = build_wrapper(model, update=update)
@@ -72,7 +72,7 @@ def test_two_processes_equal_one(tmp_path, update):
     assert all(
         torch.equal(a, b) for a, b in zip(flat(ranks[0]), flat(ranks[1]), strict=True)
     )
-    model = build_detector(config())
+    model = build_detector(config()).double()
     torch.manual_seed(0)
     wrapper = build_wrapper(model, update=update)
     for batch in batches():
@@ -83,7 +83,7 @@ def test_two_processes_equal_one(tmp_path, update):
         wrapper.learner.bank.moments(),
     )
     for a, b in zip(flat(one), flat(ranks[0]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_control_without_averaging(tmp_path):

@@ -11,10 +11,14 @@ def model():
 
 
 def groups_of(wrapper):
+    """Parameter groups of the model, and of the auxiliary heads."""
     heads = {id(p) for p in wrapper.learner.heads.parameters()}
     groups = wrapper.optimizer.param_groups
-    ours = [g for g in groups if id(g['params'][0]) in heads]
-    return [g for g in groups if g not in ours], ours
+    ours = [id(group['params'][0]) in heads for group in groups]
+    return (
+        [g for g, is_ours in zip(groups, ours, strict=True) if not is_ours],
+        [g for g, is_ours in zip(groups, ours, strict=True) if is_ours],
+    )
 
 
 def test_multipliers_of_the_auxiliaries(model):

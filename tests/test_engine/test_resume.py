@@ -27,6 +27,7 @@ def run(kind, digits, work_dir, iters=ITERS, workers=0, **overrides):
         small = detector_config(kind, 18)
         cfg.model = small.model
         cfg.model.backbone.norm_eval = False
+        cfg.model.roi_head.bbox_head.num_classes = 10
     cfg.merge_from_dict(
         {
             'train_dataloader.batch_size': 2,
@@ -99,7 +100,9 @@ def test_control_without_random_state(digits, tmp_path, monkeypatch):
 
     whole = run('faster_rcnn', digits, tmp_path / 'whole')
     run('faster_rcnn', digits, tmp_path / 'stopped', iters=3)
-    monkeypatch.setattr(RandomStateHook, 'after_load_checkpoint', lambda *_: None)
+    monkeypatch.setattr(
+        RandomStateHook, 'after_load_checkpoint', lambda *args, **kwargs: None
+    )
     resumed = run('faster_rcnn', digits, tmp_path / 'stopped')
     assert equal(whole['state_dict'], resumed['state_dict'])
 

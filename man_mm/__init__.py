@@ -14,7 +14,7 @@ from .engine import (
     LocalLearningOptimWrapper,
     LocalLearningOptimWrapperConstructor,
     MemoryBankHook,
-    RandomStateHook,
+    ResumeHook,
     build_learner,
 )
 from .version import __version__
@@ -31,7 +31,7 @@ __all__ = [
     'MANHead',
     'MemoryBank',
     'MemoryBankHook',
-    'RandomStateHook',
+    'ResumeHook',
     'StagePartition',
     'Unit',
     '__version__',

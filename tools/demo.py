@@ -19,10 +19,13 @@ import time
 from pathlib import Path
 
 import matplotlib
+import torch
 from benchmark import MIB, load_config, measure
 from make_digits import make_digits
 from rich.console import Console
 from rich.table import Table
+
+from man_mm import __version__
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -32,7 +35,7 @@ CONFIGS = {
     'local learning': 'configs/man/retinanet_r18_man_demo.py',
 }
 WORK_DIR = Path('work_dirs/demo')
-SHOWN = re.compile(r'Iter\((train|val)\).*|.*(Error|error).*')
+SHOWN = re.compile(r'Iter\((train|val)\).*|\w+Error: .*')
 SCENES = 8
 SIZE = 96  # pixels, of the images of make_digits
 
@@ -156,7 +159,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--seed', type=int, default=0, help='of the training runs')
-    seed = parser.parse_args().seed
+    parser.add_argument('--out', type=Path, default=WORK_DIR / 'result.json')
+    args = parser.parse_args()
+    seed = args.seed
 
     console.rule('data set')
     make_digits('data/digits', size=SIZE)
@@ -172,10 +177,16 @@ def main() -> None:
     )
     for column in ('', 'mAP', 'AP50', 'peak MiB', 'step s', 'run s'):
         table.add_column(column, justify='right' if column else 'left')
-    record = {}
+    record = dict(
+        seed=seed,
+        threads=torch.get_num_threads(),
+        versions=dict(man_mm=__version__, torch=torch.__version__),
+        command=f'python tools/demo.py --seed {seed}',
+        results={},
+    )
     for name, (work_dir, seconds) in runs.items():
         scores = [r for r in latest_scalars(work_dir) if 'coco/bbox_mAP' in r][-1]
-        record[name] = dict(
+        row = record['results'][name] = dict(
             mAP=scores['coco/bbox_mAP'],
             AP50=scores['coco/bbox_mAP_50'],
             peak_bytes=steps[name]['peak'],
@@ -184,20 +195,21 @@ def main() -> None:
         )
         table.add_row(
             name,
-            f'{record[name]["mAP"]:.3f}',
-            f'{record[name]["AP50"]:.3f}',
-            f'{record[name]["peak_bytes"] / MIB:.1f}',
-            f'{record[name]["step_seconds"]:.3f}',
+            f'{row["mAP"]:.3f}',
+            f'{row["AP50"]:.3f}',
+            f'{row["peak_bytes"] / MIB:.1f}',
+            f'{row["step_seconds"]:.3f}',
             f'{seconds:.0f}',
         )
     man_dir = runs['local learning'][0]
     plot_losses(man_dir, WORK_DIR / 'losses.png')
     checkpoint = Path((man_dir / 'last_checkpoint').read_text().strip())
     draw_detections(checkpoint, WORK_DIR / 'detections.png')
-    (WORK_DIR / 'result.json').write_text(json.dumps(record, indent=2) + '\n')
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=2) + '\n')
     console.print(table)
-    for name in ('losses.png', 'detections.png', 'result.json'):
-        console.print(WORK_DIR / name)
+    for path in (WORK_DIR / 'losses.png', WORK_DIR / 'detections.png', args.out):
+        console.print(path)
 
 
 if __name__ == '__main__':

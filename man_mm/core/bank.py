@@ -114,11 +114,13 @@ class MemoryBank(Mapping[str, Tensor]):
 
     def _remember(self, name: str, new: Tensor) -> None:
         seen = self._updates.get(name, 0)
-        old = self._moments[name].to(new) if seen else torch.zeros_like(new)
+        # Mean 0 and variance 1 standardise nothing.
+        empty = torch.stack([torch.zeros_like(new[0]), torch.ones_like(new[1])])
+        old = self._moments[name].to(new) if seen else empty
         # A new tensor, not an in-place update: graphs may have saved the old one.
         moments = torch.lerp(new, old, min(self.momentum, seen / (seen + 1)))
         # One bad batch must not poison what outlives it.
-        self._moments[name] = torch.where(moments.isfinite(), moments, old)
+        self._moments[name] = torch.where(new.isfinite().all(), moments, old)
         self._updates[name] = seen + 1
 
 

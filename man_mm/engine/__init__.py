@@ -8,7 +8,7 @@ from . import compat
 from .constructor import LocalLearningOptimWrapperConstructor, build_learner
 from .hooks import MemoryBankHook
 from .optim_wrapper import LocalLearningOptimWrapper
-from .random_state import RandomStateHook
+from .resume import ResumeHook
 
 for _partition in (StagePartition, CutPartition):
     root.TASK_UTILS.register_module(module=_partition)
@@ -18,6 +18,6 @@ __all__ = [
     'LocalLearningOptimWrapper',
     'LocalLearningOptimWrapperConstructor',
     'MemoryBankHook',
-    'RandomStateHook',
+    'ResumeHook',
     'build_learner',
 ]

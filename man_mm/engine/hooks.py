@@ -12,14 +12,14 @@ from man_mm.core import MemoryBank
 
 from .checks import check_wrapper_type
 from .distributed import average_tensors
-from .random_state import RandomStateHook
+from .resume import ResumeHook
 
 
 @root.HOOKS.register_module()
 class MemoryBankHook(Hook):
     """Adds a `MemoryBank` to the run, keeps it equal on all ranks, logs its bytes.
 
-    It also brings in `RandomStateHook`, with which a resumed run ends exactly where
+    It also brings in `ResumeHook`, with which a resumed run ends exactly where
     an uninterrupted one does.
 
     Args:
@@ -34,8 +34,8 @@ class MemoryBankHook(Hook):
         """Hands the bank to the learner, before a checkpoint is loaded into it."""
         check_wrapper_type(type(runner.optim_wrapper).__name__)
         runner.optim_wrapper.learner.bank = self.bank
-        if not any(isinstance(hook, RandomStateHook) for hook in runner.hooks):
-            runner.register_hook(RandomStateHook())
+        if not any(isinstance(hook, ResumeHook) for hook in runner.hooks):
+            runner.register_hook(ResumeHook())
 
     def after_train_iter(
         self,

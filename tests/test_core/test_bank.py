@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import PooledHead
 from torch import nn
 
 from man_mm.core import LocalLearner, MemoryBank, Unit, split
@@ -70,10 +71,22 @@ def test_the_bank_is_a_mapping_in_order_of_storing(map_):
 def test_clear_forgets_the_batch_but_not_the_long_term(map_):
     bank = MemoryBank()
     bank.store('a', map_)
-    before = bank.statistics('a')
     bank.clear()
     assert not bank and 'a' not in bank
+    before = bank.statistics('a')
+    check_statistics(bank, pooled([map_]))
+    bank.clear()  # nothing is noted any more
     assert all(map(torch.equal, bank.statistics('a'), before))
+
+
+def test_clear_empties_what_the_heads_of_a_step_share(map_):
+    bank = MemoryBank()
+    shared = bank.shared
+    shared['assignments'] = [map_]
+    bank.store('a', map_)
+    assert shared == {'assignments': [map_]}
+    bank.clear()
+    assert shared == {} and bank.shared is shared
 
 
 def test_storing_again_replaces_the_map(map_):
@@ -117,18 +130,6 @@ class SnapshotBank(MemoryBank):
     def store(self, name, map_):
         super().store(name, map_)
         self.before[name] = map_.detach().clone()
-
-
-class PooledHead(nn.Module):
-    """Classifies from the pooled maps of its own and all earlier modules."""
-
-    def __init__(self, maps, channels=4):
-        super().__init__()
-        self.classifier = nn.Linear(maps * channels, 3)
-
-    def forward(self, maps, targets, bank):
-        pooled = torch.cat([map_.mean((2, 3)) for map_ in maps.values()], 1)
-        return F.cross_entropy(self.classifier(pooled), targets)
 
 
 def run_step(inplace):
@@ -182,6 +183,17 @@ def test_bytes_equal_a_count_by_hand(map_):
     assert bank.nbytes == maps * 3 + long_term * 2 + 2 * 2 * 4
     bank.clear()
     assert bank.nbytes == long_term * 2 + 2 * 2 * 4
+
+
+def test_bytes_include_the_moments_that_are_noted_until_clear(map_):
+    maps, long_term = 2 * 3 * 4 * 5 * 4, 2 * 3 * 4
+    bank = fill(MemoryBank(), [map_])
+    assert bank.nbytes == long_term
+    for _ in range(2):  # storing again replaces what was noted
+        bank.store('a', map_)
+        assert bank.nbytes == maps + 2 * long_term
+    bank.clear()
+    assert bank.nbytes == long_term
 
 
 def test_without_long_term_memory_nothing_outlives_clear(map_):
@@ -287,11 +299,63 @@ def test_the_statistics_converge_to_the_true_ones(seed, momentum):
     for _ in range(300):
         noise = torch.randn(4, 3, 8, 8, generator=generator)
         bank.store('a', noise * std.view(3, 1, 1) + mean.view(3, 1, 1))
+        bank.clear()
     # 256 samples a batch, at least (1 + m) / (1 - m) = 19 batches in effect: the
     # standard errors are below 1.5 % of std, and 2 % of the variance plus the mean's.
     actual_mean, actual_var = bank.statistics('a')
     assert ((actual_mean - mean).abs() < 0.1 * std).all()
     assert ((actual_var - std**2).abs() < 0.1 * std**2 + 0.02).all()
+
+
+def check_unchanged_until_clear(bank):
+    first, second = draw_batches(0, 2, (2, 3, 4, 4))
+    bank.store('a', first)
+    assert bank.statistics('a') is None
+    bank.clear()
+    before = bank.statistics('a')
+    check_statistics(bank, pooled([first]))
+    bank.store('a', second)
+    assert all(map(torch.equal, bank.statistics('a'), before))
+    bank.clear()
+    check_statistics(bank, pooled([first, second]))
+
+
+class EagerBank(MemoryBank):
+    """Negative control: a step reads its own statistics."""
+
+    def store(self, name, map_):
+        super().store(name, map_)
+        self._remember(name, self._pending.pop(name))
+
+
+def test_statistics_do_not_change_between_store_and_clear():
+    check_unchanged_until_clear(MemoryBank())
+    with pytest.raises(AssertionError):
+        check_unchanged_until_clear(EagerBank())
+
+
+class TrustingBank(MemoryBank):
+    """Negative control: adds whatever it gets."""
+
+    def _remember(self, name, new):
+        old = self._moments.get(name, new)
+        self._moments[name] = torch.lerp(new, old, self.momentum)
+
+
+def check_skips(bank, value):
+    good, bad, later = draw_batches(0, 3, (2, 3, 4, 4))
+    bad[0, :, 0, 0] = value  # once in each channel
+    before = fill(bank, [good]).statistics('a')
+    assert all(map(torch.equal, fill(bank, [bad]).statistics('a'), before))
+    expected = fill(MemoryBank(momentum=0.5), [good, later]).statistics('a')
+    assert all(map(torch.equal, fill(bank, [later]).statistics('a'), expected))
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_maps_that_are_not_finite_are_skipped(value):
+    check_skips(MemoryBank(momentum=0.5), value)
+    with pytest.raises(AssertionError):
+        check_skips(TrustingBank(momentum=0.5), value)
 
 
 def test_the_same_map_again_and_again_keeps_its_statistics():
@@ -313,22 +377,26 @@ def test_statistics_of_an_unknown_map_are_none(map_):
     bank = MemoryBank()
     assert bank.statistics('a') is None
     bank.store('b', map_)
+    bank.clear()
     assert bank.statistics('a') is None
 
 
 def test_statistics_carry_no_graph(map_):
     bank = MemoryBank()
     bank.store('a', map_)
+    bank.clear()
     assert not any(t.requires_grad for t in (*bank.statistics('a'), *bank.moments()))
 
 
 def test_an_update_leaves_the_old_statistics_to_graphs_that_saved_them(map_):
     bank = MemoryBank(momentum=0.5)
     bank.store('a', map_)
+    bank.clear()
     scale = torch.ones(3, requires_grad=True)
     product = scale * bank.statistics('a')[0]
     wanted = bank.statistics('a')[0].clone()
     bank.store('a', map_ * 5)
+    bank.clear()
     product.sum().backward()
     assert torch.equal(scale.grad, wanted)
 
@@ -337,6 +405,7 @@ def test_half_precision_maps_are_averaged_in_single(map_):
     bank = MemoryBank()
     bank.store('a', map_.to(torch.bfloat16))
     assert bank['a'].dtype == torch.bfloat16
+    bank.clear()
     assert bank.statistics('a')[0].dtype == torch.float32
 
 
@@ -386,17 +455,23 @@ def test_a_resumed_bank_ends_bitwise_where_the_uninterrupted_one_ends():
 def test_a_saved_state_holds_no_maps_and_does_not_change_later(map_):
     bank = MemoryBank()
     bank.store('a', map_)
+    bank.clear()
+    bank.store('a', map_ * 2)
     state = bank.state_dict()
     assert set(state) == {'moments', 'updates'}
     kept = {name: tensor.clone() for name, tensor in state['moments'].items()}
+    bank.clear()
     bank.store('a', map_ * 3)
     bank.store('b', map_)
+    bank.clear()
     assert equal_states(state, {'moments': kept, 'updates': {'a': 1}})
+    assert not equal_states(state, bank.state_dict())
 
 
 def test_a_loaded_state_is_a_copy(map_):
     bank, other = MemoryBank(), MemoryBank()
     bank.store('a', map_)
+    bank.clear()
     other.load_state_dict(bank.state_dict())
     bank.moments()[0].zero_()
     assert other.statistics('a')[0].abs().sum() > 0
@@ -406,6 +481,7 @@ def test_moments_are_live_and_in_the_order_of_names(map_):
     bank = MemoryBank()
     bank.store('b', map_)
     bank.store('a', map_[:, :2])
+    bank.clear()
     a, b = bank.moments()
     assert (a.shape, b.shape) == ((2, 2), (2, 3))
     a[0] = 7  # as an average over ranks would

@@ -163,6 +163,16 @@ def test_frozen_modules_are_merged_with_the_next():
     ]
 
 
+@pytest.mark.parametrize('cut', ['z', 'd', 'c'])
+def test_split_refuses_cuts_that_no_unit_follows(cut):
+    # An unknown name, a submodule that is no unit, and the last unit.
+    model = nn.Sequential(OrderedDict((n, nn.Linear(2, 2)) for n in 'abcd'))
+    units = [Unit(name) for name in 'abc']
+    with pytest.raises(ValueError, match=rf"^\['{cut}'\] cannot be cuts"):
+        split(model, units, ['a', cut])
+    assert len(split(model, units, ['a', 'b'])) == 3
+
+
 def test_a_parameter_may_be_shared_within_a_module():
     model = nn.Sequential(OrderedDict((n, nn.Linear(2, 2)) for n in 'abc'))
     model.b.weight = model.a.weight

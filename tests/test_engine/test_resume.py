@@ -96,12 +96,12 @@ def test_resume_is_bitwise(kind, workers, digits, tmp_path):
 
 
 def test_control_without_random_state(digits, tmp_path, monkeypatch):
-    from man_mm import RandomStateHook
+    from man_mm import ResumeHook
 
     whole = run('faster_rcnn', digits, tmp_path / 'whole')
     run('faster_rcnn', digits, tmp_path / 'stopped', iters=3)
     monkeypatch.setattr(
-        RandomStateHook, 'after_load_checkpoint', lambda *args, **kwargs: None
+        ResumeHook, 'after_load_checkpoint', lambda *args, **kwargs: None
     )
     resumed = run('faster_rcnn', digits, tmp_path / 'stopped')
     assert equal(whole['state_dict'], resumed['state_dict'])

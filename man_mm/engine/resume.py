@@ -1,4 +1,4 @@
-"""Random state in checkpoints, so that a resumed run repeats an uninterrupted one."""
+"""Resuming: random state in checkpoints, and checkpoints that hold nothing but data."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from mmengine import registry as root
 from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner
 
 
@@ -36,12 +37,57 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
 
 
-@root.HOOKS.register_module()
-class RandomStateHook(Hook):
-    """Saves the random state with each checkpoint and restores it on resuming.
+def to_plain_data(checkpoint: dict[str, Any]) -> None:
+    """Replaces, in place, what torch does not load safely.
 
+    Log buffers become dictionaries of tensors, numpy's numbers Python's. Functions
+    that schedulers keep are left out: loading a state leaves their own in place.
+    """
+    hub = checkpoint['message_hub']
+    buffers = {
+        name: dict(
+            log_history=torch.as_tensor(buffer._log_history),
+            count_history=torch.as_tensor(buffer._count_history),
+            max_length=buffer.max_length,
+        )
+        for name, buffer in hub['log_scalars'].items()
+    }
+    info = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in hub['runtime_info'].items()
+    }
+    checkpoint['message_hub'] = {**hub, 'log_scalars': buffers, 'runtime_info': info}
+    schedulers = checkpoint.get('param_schedulers')
+    if isinstance(schedulers, list):
+        checkpoint['param_schedulers'] = [
+            {key: value for key, value in state.items() if not callable(value)}
+            for state in schedulers
+        ]
+
+
+def from_plain_data(checkpoint: dict[str, Any]) -> None:
+    """Restores, in place, the log buffers that `to_plain_data` replaced."""
+    scalars = checkpoint.get('message_hub', {}).get('log_scalars', {})
+    for name, buffer in scalars.items():
+        if isinstance(buffer, dict):
+            arrays = {
+                key: buffer[f'{key}_history'].cpu().numpy() for key in ('log', 'count')
+            }
+            scalars[name] = HistoryBuffer(
+                arrays['log'], arrays['count'], buffer['max_length']
+            )
+
+
+@root.HOOKS.register_module()
+class ResumeHook(Hook):
+    """Makes a resumed run repeat an uninterrupted one, and checkpoints readable.
+
+    It saves the random state with each checkpoint and restores it on resuming.
     Validation runs on a state of its own, so that training does not depend on when
     it is validated. Rank 0's state is saved; other ranks keep theirs.
+
+    It also turns the objects that mmengine pickles into plain data, so that stock
+    tools read the checkpoint with the safe loading of torch 2.6 and later.
     """
 
     priority = 'VERY_HIGH'
@@ -52,11 +98,13 @@ class RandomStateHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Adds the state, unless the checkpoint is for publishing only."""
+        to_plain_data(checkpoint)
         if 'optimizer' in checkpoint:
             checkpoint['random_state'] = get_random_state()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Takes the state out of a checkpoint that is resumed."""
+        from_plain_data(checkpoint)
         if runner._resume:
             self._resumed = checkpoint.get('random_state')
 

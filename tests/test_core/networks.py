@@ -1,0 +1,111 @@
+"""Small networks that several files of tests train."""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from man_mm.core import LocalLearner, Unit, split
+
+IMAGES = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 0])
+WIDTH = 4
+OPTIMIZERS = {
+    'sgd': lambda params: torch.optim.SGD(
+        params, 0.1, momentum=0.9, weight_decay=1e-2, nesterov=True
+    ),
+    'adamw': lambda params: torch.optim.AdamW(params, 1e-2),
+    'rmsprop': lambda params: torch.optim.RMSprop(params, 1e-2),
+}
+
+
+class PooledHead(nn.Module):
+    """Classifies from every map that it is given, earlier modules' included."""
+
+    def __init__(self, maps=1):
+        super().__init__()
+        self.classifier = nn.Linear(maps * WIDTH, 3)
+
+    def forward(self, maps, targets, bank):
+        pooled = torch.cat([map_.mean((2, 3)) for map_ in maps.values()], 1)
+        return F.cross_entropy(self.classifier(pooled), targets)
+
+
+def stage(in_channels):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU()
+    )
+
+
+def build_model(depth):
+    torch.manual_seed(0)
+    stages = {f'stage{i + 1}': stage(WIDTH if i else 2) for i in range(depth)}
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, 3))
+    return nn.Sequential(OrderedDict(**stages, classifier=pool))
+
+
+def build(depth, cuts=None, bank=None, model=None, kind=LocalLearner):
+    model = model or build_model(depth)
+    units = [Unit(f'stage{i + 1}', i) for i in range(depth)]
+    cuts = [unit.name for unit in units[:-1]] if cuts is None else cuts
+    torch.manual_seed(1)
+    heads = [PooledHead(i + 1 if bank is not None else 1) for i in range(len(cuts))]
+    return kind(model, split(model, units, cuts), heads, bank)
+
+
+def all_params(learner):
+    return [*learner.model.parameters(), *learner.heads.parameters()]
+
+
+def model_loss(model):
+    return F.cross_entropy(model(IMAGES), LABELS)
+
+
+def train_step(learner, optimizer, backward=None):
+    with learner.step(LABELS, backward):
+        loss = model_loss(learner.model)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def equal(a, b):
+    """Bitwise equality of nested dicts and lists of tensors and plain values."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def count_hooks(model):
+    return sum(
+        len(hooks)
+        for module in model.modules()
+        for name, hooks in vars(module).items()
+        if name.endswith('hooks')
+    )
+
+
+def update_at_once(optimizer):
+    def backward(loss, module):
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return backward
+
+
+class LeakyLearner(LocalLearner):
+    """Negative control: hands on the output with its graph."""
+
+    def _cut(self, module, backward, output):
+        super()._cut(module, backward, output)
+        return output
+
+
+def retain(loss, module):
+    loss.backward(retain_graph=True)

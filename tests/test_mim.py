@@ -1,0 +1,115 @@
+"""The real ``mim`` command, from training to testing with the stock config."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, 'tools')
+from make_digits import make_digits
+
+MIM = Path(sys.executable).with_name('mim')
+DEMO = 'configs/{}/retinanet_r18_{}demo.py'
+
+
+@pytest.fixture
+def digits(tmp_path):
+    return Path(make_digits(tmp_path / 'digits', 8, 4, 64, 0))
+
+
+def data_options(digits):
+    options = [
+        'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+        f'train_dataloader.dataset.data_root={digits}/',
+        'train_dataloader.dataset.ann_file=annotations/instances_train.json',
+        'train_dataloader.dataset.data_prefix.img=train/',
+    ]
+    for split in ('val', 'test'):
+        options += [
+            f'{split}_dataloader.num_workers=0',
+            f'{split}_dataloader.persistent_workers=False',
+            f'{split}_dataloader.dataset.data_root={digits}/',
+            f'{split}_dataloader.dataset.ann_file=annotations/instances_val.json',
+            f'{split}_dataloader.dataset.data_prefix.img=val/',
+            f'{split}_evaluator.ann_file={digits}/annotations/instances_val.json',
+        ]
+    return options
+
+
+def mim(command, config, work_dir, *options, args=()):
+    parts = [MIM, command, 'mmdet', config, '--gpus', '0', '--work-dir', work_dir]
+    done = subprocess.run(
+        [*map(str, parts), *map(str, args), '--cfg-options', *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:3000]
+    return output
+
+
+def scalars(work_dir):
+    path = max(Path(work_dir).glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train_then_test_with_the_stock_config(digits, tmp_path):
+    options = [
+        *data_options(digits),
+        'train_cfg.max_iters=4',
+        'train_cfg.val_interval=4',
+        'default_hooks.checkpoint.interval=4',
+        'default_hooks.logger.interval=1',
+        'train_dataloader.batch_size=2',
+    ]
+    man, stock = tmp_path / 'man', tmp_path / 'stock'
+    mim('train', DEMO.format('man', 'man_'), man, *options)
+    rows = scalars(man)
+    train = [row for row in rows if 'loss' in row]
+    keys = {f'module{i}/{k}' for i in (1, 2, 3) for k in ('loss', 'grad_norm')}
+    assert all(keys | {'bank_bytes'} <= row.keys() for row in train)
+    mim(
+        'test', DEMO.format('end_to_end', ''), stock, *data_options(digits),
+        args=['--checkpoint', man / 'iter_4.pth'],
+    )  # fmt: skip
+    tested = json.loads(max(stock.glob('*/2*.json')).read_text())
+    trained = [row for row in rows if 'coco/bbox_mAP' in row][-1]
+    for key in ('coco/bbox_mAP', 'coco/bbox_mAP_50'):
+        assert tested[key] == trained[key]
+    # A stock checkpoint starts a run by local learning.
+    output = mim(
+        'train', DEMO.format('man', 'man_'), tmp_path / 'again', *options,
+        f'load_from={man}/iter_4.pth',
+    )  # fmt: skip
+    assert 'Load checkpoint from' in output and 'unexpected key' not in output
+
+
+def test_stock_config_by_options_alone(digits, tmp_path):
+    """The command of the README, on small images under COCO's class names."""
+    names = 'person bicycle car motorcycle airplane bus train truck boat bench'.split()
+    for path in (digits / 'annotations').glob('*.json'):
+        coco = json.loads(path.read_text())
+        for category, name in zip(coco['categories'], names, strict=True):
+            category['name'] = name
+        path.write_text(json.dumps(coco))
+    mim(
+        'train', 'retinanet_r50_fpn_1x_coco.py', tmp_path / 'run',
+        'optim_wrapper.type=man_mm.LocalLearningOptimWrapper',
+        'optim_wrapper.constructor=man_mm.LocalLearningOptimWrapperConstructor',
+        'default_hooks.memory_bank.type=man_mm.MemoryBankHook',
+        *data_options(digits),
+        'train_dataloader.dataset.indices=2',
+        'train_dataloader.dataset.pipeline.2.scale=(64,64)',
+        'val_dataloader.dataset.pipeline.1.scale=(64,64)',
+        'val_dataloader.dataset.indices=1',
+        'train_cfg.max_epochs=1',
+        'model.backbone.init_cfg=None',
+        'default_hooks.logger.interval=1',
+    )  # fmt: skip
+    row = [row for row in scalars(tmp_path / 'run') if 'loss' in row][-1]
+    assert {'module1/loss', 'module2/loss'} <= row.keys()

@@ -13,6 +13,7 @@ optimizer state exists already; time is the median of interleaved repeats.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -39,7 +40,7 @@ MIB = 2**20
 
 def end_to_end(cfg: Config) -> Config:
     """A copy of a config without local learning."""
-    cfg = cfg.copy()
+    cfg = copy.deepcopy(cfg)
     for key in ('local_learning', 'constructor'):
         cfg.optim_wrapper.pop(key, None)
     cfg.optim_wrapper.type = 'OptimWrapper'
@@ -50,7 +51,7 @@ def end_to_end(cfg: Config) -> Config:
 def scheme_config(cfg: Config, scheme: str) -> Config:
     """A copy of a config that trains by a scheme."""
     if scheme == 'local learning':
-        return cfg.copy()
+        return copy.deepcopy(cfg)
     cfg = end_to_end(cfg)
     if scheme == 'checkpointing':
         cfg.model.backbone.with_cp = True
@@ -65,7 +66,7 @@ def build_step(cfg: Config, data: dict) -> Callable[[], object]:
         data: A batch as the data loader gives it.
     """
     torch.manual_seed(0)
-    cfg.model.backbone.init_cfg = None
+    cfg.model.backbone.init_cfg = None  # weights do not matter here
     model = MODELS.build(cfg.model)
     model.init_weights()
     model.train()

@@ -19,20 +19,23 @@ CHANNELS = {'stage1': 32, 'stage2': 64, 'stage3': 128}
 
 
 class PooledHead(nn.Module):
-    """Auxiliary head: classifies from pooled maps, earlier modules' included.
+    """Auxiliary head: one more stage (the SLM), pooling, a linear classifier.
 
     Args:
-        names: Units whose maps are read; the last is the module's own output.
+        names: Units whose maps are read; the last is the module's own output, the
+            others are earlier modules' maps in the memory bank.
     """
 
     def __init__(self, names):
         super().__init__()
-        self.names = names
-        self.classifier = nn.Linear(sum(CHANNELS[name] for name in names), 10)
+        *self.earlier, self.own = names
+        self.slm = stage(CHANNELS[self.own], 64, 2)
+        self.classifier = nn.Linear(sum(CHANNELS[n] for n in self.earlier) + 64, 10)
 
     def forward(self, maps, targets, bank):
-        pooled = [maps[name].mean((2, 3)) for name in self.names]
-        return F.cross_entropy(self.classifier(torch.cat(pooled, 1)), targets)
+        read = [self.slm(maps[self.own]), *(maps[name] for name in self.earlier)]
+        pooled = torch.cat([map_.mean((2, 3)) for map_ in read], 1)
+        return F.cross_entropy(self.classifier(pooled), targets)
 
 
 def stage(in_channels, channels, stride):

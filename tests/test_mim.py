@@ -66,6 +66,8 @@ def test_train_then_test_with_the_stock_config(digits, tmp_path):
         'default_hooks.checkpoint.interval=4',
         'default_hooks.logger.interval=1',
         'train_dataloader.batch_size=2',
+        'model.test_cfg.score_thr=0',  # hardly trained, it still predicts something
+        f'val_evaluator.outfile_prefix={tmp_path}/trained',
     ]
     man, stock = tmp_path / 'man', tmp_path / 'stock'
     mim('train', DEMO.format('man', 'man_'), man, *options)
@@ -73,14 +75,18 @@ def test_train_then_test_with_the_stock_config(digits, tmp_path):
     train = [row for row in rows if 'loss' in row]
     keys = {f'module{i}/{k}' for i in (1, 2, 3) for k in ('loss', 'grad_norm')}
     assert all(keys | {'bank_bytes'} <= row.keys() for row in train)
-    mim(
-        'test', DEMO.format('end_to_end', ''), stock, *data_options(digits),
-        args=['--checkpoint', man / 'iter_4.pth'],
-    )  # fmt: skip
-    tested = json.loads(max(stock.glob('*/2*.json')).read_text())
-    trained = [row for row in rows if 'coco/bbox_mAP' in row][-1]
-    for key in ('coco/bbox_mAP', 'coco/bbox_mAP_50'):
-        assert tested[key] == trained[key]
+    tested = [
+        *data_options(digits),
+        'model.test_cfg.score_thr=0',
+        f'test_evaluator.outfile_prefix={tmp_path}/tested',
+    ]
+    checkpoint = ['--checkpoint', man / 'iter_4.pth']
+    mim('test', DEMO.format('end_to_end', ''), stock, *tested, args=checkpoint)
+    found = json.loads((tmp_path / 'trained.bbox.json').read_text())
+    assert found and found == json.loads((tmp_path / 'tested.bbox.json').read_text())
+    scores = json.loads(max(stock.glob('*/2*.json')).read_text())
+    last = [row for row in rows if 'coco/bbox_mAP' in row][-1]
+    assert scores['coco/bbox_mAP'] == last['coco/bbox_mAP']
     # A stock checkpoint starts a run by local learning.
     output = mim(
         'train', DEMO.format('man', 'man_'), tmp_path / 'again', *options,

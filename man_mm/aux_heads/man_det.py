@@ -117,7 +117,9 @@ class LightDetector(nn.Module):
     ) -> dict[str, Any]:
         """Local detection losses; see `AuxHead.forward`."""
         self._shared = {} if bank is None else bank.shared
-        return self.head.loss(tuple(self.pyramid(maps, bank)), targets)
+        losses = self.head.loss(tuple(self.pyramid(maps, bank)), targets)
+        self._shared = {}  # nothing of a step may survive it
+        return losses
 
     def _get_targets(self, anchors: list, *args: Any, **kwargs: Any) -> tuple:
         # Heads on the same grid have the same targets: assign them once a step.

@@ -185,7 +185,8 @@ class TestMemory:
         assert self.peak(6, local=True) == self.peak(2, local=True)
         assert self.peak(6, local=False) > 1.05 * self.peak(2, local=False)  # control
 
-    def test_nothing_survives_a_step(self, kind):
+    @pytest.mark.parametrize('bank', [True, False])
+    def test_nothing_survives_a_step(self, kind, bank):
         def kept(model, wrapper):
             batch = batch_of()
             model.train_step(batch, wrapper)
@@ -198,16 +199,19 @@ class TestMemory:
             dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01)),
         )
         model = build_detector(cfg)
-        wrapper = build_wrapper(model)
+        wrapper = build_wrapper(model, bank=bank, aux_head=dict(use_bank=bank))
         learner = wrapper.learner
         # mmdet's own heads keep their last target assignment.
         more = kept(model, wrapper) - kept(plain, stock)
-        known = tensor_bytes([learner.losses, learner.bank.moments()])
+        moments = learner.bank.moments() if bank else []
+        known = tensor_bytes([learner.losses, moments])
         assert more <= known
-        assert not learner.bank and learner.targets is None
+        assert learner.targets is None
         assert all(p.grad is None for p in model.parameters())
-        learner.bank.clear = lambda: None  # control: the maps stay
-        assert kept(model, wrapper) - kept(plain, stock) > known
+        if bank:  # control: the maps stay
+            assert not learner.bank
+            learner.bank.clear = lambda: None
+            assert kept(model, wrapper) - kept(plain, stock) > known
 
 
 class TestPlainModel:

@@ -33,7 +33,7 @@ class FaithfulDetector(nn.Module):
     def __init__(self, site: AuxSite, use_bank: bool) -> None:
         super().__init__()
         backbone = site.model.backbone
-        stages = getattr(backbone, 'out_indices', None)
+        stages = backbone.out_indices
         readable = {tap.stage: tap.name for tap in site.earlier if use_bank}
         readable.update({tap.stage: tap.name for tap in site.own})
         self.own = site.own[-1].name

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank import MemoryBank
-from .partition import LocalModule, Unit
+from .partition import LocalModule, ends_of_stages
 
 Losses = Tensor | Mapping[str, Any]
 
@@ -111,7 +111,7 @@ class LocalLearner:
                 self.bank.clear()
 
     def _arm(self, module: LocalModule, backward, handles: list) -> None:
-        for unit, following in inner_stage_ends(module):
+        for unit, following in ends_of_stages(module.units):
             end = self.model.get_submodule(unit.name)
             start = self.model.get_submodule(following.parts[0])
             handles.append(end.register_forward_hook(self._branch(unit.name)))
@@ -176,18 +176,9 @@ class LocalLearner:
             )
 
 
-def inner_stage_ends(module: LocalModule) -> list[tuple[Unit, Unit]]:
-    """Units that end a stage inside a module, each with the unit that follows it."""
-    return [
-        (unit, following)
-        for unit, following in zip(module.units, module.units[1:], strict=False)
-        if unit.stage != following.stage and unit.stage >= 0
-    ]
-
-
 def stage_ends(module: LocalModule) -> list[str]:
     """Names of the units whose maps heads may read: stage ends, and the cut."""
-    return [*(unit.name for unit, _ in inner_stage_ends(module)), module.cut]
+    return [*(unit.name for unit, _ in ends_of_stages(module.units)), module.cut]
 
 
 def total_loss(losses: Losses) -> Tensor:

@@ -57,6 +57,15 @@ class LocalModule:
         return self.units[-1].name
 
 
+def ends_of_stages(units: Sequence[Unit]) -> list[tuple[Unit, Unit]]:
+    """Units that end a stage, each with the unit that follows it; no stem."""
+    return [
+        (unit, following)
+        for unit, following in zip(units, units[1:], strict=False)
+        if unit.stage != following.stage and unit.stage >= 0
+    ]
+
+
 class StagePartition:
     """Cuts after every stage of the backbone, as in the paper.
 
@@ -65,11 +74,7 @@ class StagePartition:
 
     def cuts(self, units: Sequence[Unit]) -> list[str]:
         """Names of the units after which to cut, the last unit excluded."""
-        return [
-            unit.name
-            for unit, following in zip(units, units[1:], strict=False)
-            if unit.stage != following.stage and unit.stage >= 0
-        ]
+        return [unit.name for unit, _ in ends_of_stages(units)]
 
 
 class CutPartition:

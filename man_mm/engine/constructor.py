@@ -105,8 +105,8 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         groups: list[dict] = []
         if self.paramwise_cfg:
             self.add_params(groups, module)
-        elif any(True for _ in module.parameters()):
-            groups.append(dict(params=list(module.parameters())))
+        elif params := list(module.parameters()):
+            groups.append(dict(params=params))
         return groups
 
 

@@ -77,3 +77,33 @@ def kind(request):
 @pytest.fixture(params=[18, 50])
 def depth(request):
     return request.param
+
+
+def build_classifier(depth: int, head: dict | None = None, **kwargs):
+    """mmpretrain's ResNet classifier, narrow; ``head`` updates its linear head."""
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    width = 16 * 2**3 * (4 if depth >= 50 else 1)
+    linear = dict(type='LinearClsHead', num_classes=10, in_channels=width)
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(
+                type='ResNet', depth=depth, stem_channels=16, base_channels=16
+            ),
+            neck=dict(type='GlobalAveragePooling'),
+            head={**linear, **(head or {})},
+            data_preprocessor=dict(num_classes=10, mean=[127.5] * 3, std=[64.0] * 3),
+            **kwargs,
+        )
+    )
+    model.init_weights()
+    return model.train()
+
+
+def labelled_images(size: int = 4, side: int = 64, classes: int = 10):
+    from mmpretrain.structures import DataSample
+
+    images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8)
+    samples = [DataSample().set_gt_label(i % classes) for i in range(size)]
+    return dict(inputs=list(images), data_samples=samples)

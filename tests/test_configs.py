@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import batch_of
+from conftest import batch_of, labelled_images
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, init_default_scope
@@ -21,8 +21,12 @@ def shrink(cfg):
     backbone = cfg.model.backbone
     backbone.base_channels = 8
     backbone.init_cfg = None
-    scale = WIDTHS[backbone.depth]
-    cfg.model.neck.in_channels = [8 * scale * 2**i for i in range(4)]
+    widths = [8 * WIDTHS[backbone.depth] * 2**i for i in range(4)]
+    if cfg.model.type == 'ImageClassifier':
+        backbone.stem_channels = 8
+        cfg.model.head.in_channels = widths[-1]
+    else:
+        cfg.model.neck.in_channels = widths
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -35,10 +39,11 @@ def test_config_trains(path):
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     wrapper.learner.bank = HOOKS.build(cfg.default_hooks.memory_bank).bank
     before = [p.clone() for p in model.parameters()]
-    batch = batch_of(classes=num_classes(model))
+    is_classifier = cfg.model.type == 'ImageClassifier'
+    batch = labelled_images() if is_classifier else batch_of(classes=num_classes(model))
     logs = model.train_step(batch, wrapper)
     assert torch.isfinite(logs['loss'])
-    frozen = cfg.model.backbone.frozen_stages
+    frozen = cfg.model.backbone.get('frozen_stages', -1)
     assert len(wrapper.learner.modules) == (3 if frozen == 1 else 4)
     assert any(
         not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)

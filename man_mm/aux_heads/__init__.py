@@ -2,6 +2,14 @@
 
 from .base import AuxHead, AuxSite, find_sites
 from .man import MANHead
+from .man_cls import MANClsHead
 from .man_det import MANDetHead
 
-__all__ = ['AuxHead', 'AuxSite', 'MANDetHead', 'MANHead', 'find_sites']
+__all__ = [
+    'AuxHead',
+    'AuxSite',
+    'MANClsHead',
+    'MANDetHead',
+    'MANHead',
+    'find_sites',
+]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from man_mm.backbones import Tap
 from man_mm.core import LocalModule, MemoryBank
-from man_mm.core.learner import stage_ends
+from man_mm.core.partition import stage_ends
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,15 @@ class AuxHead(nn.Module, ABC):
     """Turns a module's output into the loss that trains the module.
 
     Attributes:
-        needs_bank: Whether the head reads maps of earlier modules.
+        needs_bank: Whether the head reads the memory bank.
+        reads: Names of the maps of earlier modules that `forward` looks up, which
+            thus have to live until then; None for any of ``site.earlier``.
+        reads_averages: Whether averages ``(N, C, 1, 1)`` of these maps will do.
     """
 
     needs_bank: bool = False
+    reads: frozenset[str] | None = None
+    reads_averages: bool = False
 
     @abstractmethod
     def forward(

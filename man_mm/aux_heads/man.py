@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from mmengine import registry as root
+from torch import nn
 
 from .base import AuxHead, AuxSite
+from .man_cls import MANClsHead, is_classifier
 from .man_det import MANDetHead
 
 
@@ -16,17 +19,32 @@ def MANHead(site: AuxSite, **options: Any) -> AuxHead:  # noqa: N802
 
     Args:
         site: Where the head sits.
-        **options: Passed to `MANDetHead`.
+        **options: Passed to `MANDetHead` or `MANClsHead`.
 
     Raises:
-        ValueError: If there is no MAN head for models of this kind.
+        ValueError: If there is no MAN head for models of this kind, or it does not
+            have one of the options.
     """
+    head = _head_for(site.model)
+    _, *known = inspect.signature(head).parameters
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f'aux_head has unknown options {unknown}; for a '
+            f'{type(site.model).__name__}, {head.__name__} takes {known}.'
+        )
+    return head(site, **options)
+
+
+def _head_for(model: nn.Module) -> type[AuxHead]:
     heads = ('bbox_head', 'rpn_head')
-    if any(getattr(site.model, head, None) is not None for head in heads):
-        return MANDetHead(site, **options)
+    if any(getattr(model, head, None) is not None for head in heads):
+        return MANDetHead
+    if is_classifier(model):
+        return MANClsHead
     raise ValueError(
-        f'aux_head.type=MANHead knows no auxiliary head for '
-        f'{type(site.model).__name__}; it serves one-stage and two-stage detectors '
-        '(models with a bbox_head or an rpn_head). Register a man_mm.AuxHead of your '
-        'own in mmengine.registry.MODELS.'
+        f'aux_head.type=MANHead knows no auxiliary head for {type(model).__name__}; '
+        'it serves one-stage and two-stage detectors (models with a bbox_head or an '
+        'rpn_head) and image classifiers (models whose head is a ClsHead of '
+        'mmpretrain). Register a man_mm.AuxHead of your own in '
+        'mmengine.registry.MODELS.'
     )

@@ -59,8 +59,11 @@ class MANDetHead(AuxHead):
         self.needs_bank = use_bank and bool(site.earlier)
         if mode == 'faithful':
             self.detector = FaithfulDetector(site, use_bank)
+            names = {name for _, name in self.detector.inputs}
         else:
             self.detector = LightDetector(site, channels, num_convs, use_bank)
+            names = {tap.name for tap in self.detector.pyramid.sources.values()}
+        self.reads = frozenset(tap.name for tap in site.earlier) & names
 
     def forward(
         self, maps: Mapping[str, Tensor], targets: Any, bank: MemoryBank | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,17 +60,24 @@ class MemoryBank(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._maps)
 
-    def store(self, name: str, map_: Tensor) -> None:
+    def store(self, name: str, map_: Tensor, average: bool = False) -> None:
         """Stores a map for the rest of the step.
 
         Args:
             name: Name of the unit that made the map.
             map_: Feature map ``(N, C, H, W)``; kept detached, without a copy.
+            average: Keep its averages ``(N, C, 1, 1)`` only. Default: False.
         """
-        self._maps[name] = map_.detach()
-        self._versions[name] = self._maps[name]._version
+        map_ = map_.detach()
         if self.long_term:
-            self._pending[name] = _moments(map_.detach())
+            self._pending[name] = _moments(map_)
+        self._maps[name] = map_.mean((2, 3), keepdim=True) if average else map_
+        self._versions[name] = self._maps[name]._version
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forgets all maps but those named; their statistics are remembered."""
+        for name in set(self._maps).difference(names):
+            del self._maps[name], self._versions[name]
 
     def clear(self) -> None:
         """Forgets the batch memory, after adding it to the long-term memory.

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .bank import MemoryBank
-from .partition import LocalModule, ends_of_stages
+from .checkpointing import (
+    checkpoints_itself,
+    in_checkpoint,
+    recomputed,
+    require_grad,
+)
+from .micro_batches import (
+    Chain,
+    Maps,
+    MicroBatches,
+    join_slices,
+    slice_batch,
+    slices_of,
+    write_slices,
+)
+from .partition import LocalModule, ends_of_stages, stage_ends
+from .patches import Wrap, patched
 
 Losses = Tensor | Mapping[str, Any]
+Backward = Callable[[Tensor, LocalModule, bool], None]
 
 
 class LocalLearner:
@@ -24,6 +42,13 @@ class LocalLearner:
     detached output (the *boundary*). The last module has no head: the caller
     back-propagates the network's own loss, which stops at the last boundary.
 
+    With ``micro_batch_size``, forward and backward of a module run on some images at
+    a time, between boundaries that stay whole: activations no longer grow with the
+    batch. Local losses are averaged with the images as weights. That is exact for
+    losses that are means over images, and without batch norm in training mode, which
+    sees a micro-batch at a time. The last module's loss needs the whole batch, so its
+    units are recomputed in the backward pass, micro-batch by micro-batch.
+
     Args:
         model: The whole network.
         modules: Its K modules, from `man_mm.core.split`.
@@ -31,17 +56,24 @@ class LocalLearner:
             ``maps`` holds by unit name the feature maps ``(N, C, H, W)`` that the
             head may read, those of its own module with their graph and, if there
             is a bank, those of earlier modules detached. It returns a loss or a
-            dictionary in which every key that contains ``loss`` is a term.
+            dictionary in which every key that contains ``loss`` is a term. Two
+            attributes save memory: ``reads``, the names of all earlier maps that it
+            looks up (others may be freed), and ``reads_averages``, if averages
+            ``(N, C, 1, 1)`` of these will do.
         bank: Memory bank, or None for heads that see their own module only.
+        patches: Submodules of network or heads, each with a wrapper for its forward
+            function that is in place during a step only.
+        micro_batch_size: Images that run through a module at a time. Default: all.
 
     Attributes:
         targets: What the heads get as ``targets``; `step` sets it, and it may be
             replaced while the model runs.
         losses: Detached local losses of the latest step, by module name.
-        bank_bytes: Bytes in the bank at the end of the latest step.
+        bank_bytes: Most bytes that the bank held in the latest step.
 
     Raises:
-        ValueError: If the numbers of modules and heads do not match.
+        ValueError: If the numbers of modules and heads do not match, or
+            ``micro_batch_size`` is less than 1.
     """
 
     def __init__(
@@ -50,20 +82,29 @@ class LocalLearner:
         modules: Sequence[LocalModule],
         heads: Sequence[nn.Module],
         bank: MemoryBank | None = None,
+        patches: Sequence[tuple[nn.Module, Wrap]] = (),
+        micro_batch_size: int | None = None,
     ) -> None:
         if len(heads) != len(modules) - 1:
             raise ValueError(
                 f'{len(modules)} modules need {len(modules) - 1} auxiliary heads, '
                 f'one for each but the last; got {len(heads)}.'
             )
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(
+                f'micro_batch_size must be at least 1 image, got {micro_batch_size}.'
+            )
         self.model = model
         self.modules = tuple(modules)
         self.heads = nn.ModuleList(heads)
         self.bank = bank
+        self.patches = tuple(patches)
+        self.micro_batch_size = micro_batch_size
         self.targets: Any = None
         self.losses: dict[str, Tensor] = {}
         self.bank_bytes = 0
-        self._own: dict[str, Tensor] = {}
+        self._own: Maps = {}
+        self._shared: dict[int, dict] = {}
 
     def params(self, module: LocalModule) -> list[nn.Parameter]:
         """Trainable parameters of a module and of its auxiliary head."""
@@ -74,17 +115,16 @@ class LocalLearner:
 
     @contextmanager
     def step(
-        self,
-        targets: Any = None,
-        backward: Callable[[Tensor, LocalModule], None] | None = None,
+        self, targets: Any = None, backward: Backward | None = None
     ) -> Iterator[None]:
         """Arms the cuts for one training step.
 
         Args:
             targets: Passed to the auxiliary heads.
-            backward: Called with each local loss and its module, to back-propagate
-                and, if wanted, to update the module at once. Defaults to
-                ``loss.backward()``.
+            backward: Called with each local loss, its module, and whether the
+                module's gradients are complete with it (not so for micro-batches but
+                the last), to back-propagate and, if wanted, to update the module.
+                Defaults to ``loss.backward()``.
 
         Raises:
             RuntimeError: If a cut does not run exactly once, in order and with
@@ -92,40 +132,59 @@ class LocalLearner:
         """
         self.targets = targets
         self.losses = {}
-        handles = []
-        try:
-            for module in self.modules[:-1]:
-                self._arm(module, backward or _backward, handles)
+        self.bank_bytes = 0
+        with ExitStack() as stack:
+            stack.callback(self._forget)
+            if len(self.modules) > 1:
+                for submodule, wrap in self.patches:
+                    stack.enter_context(patched(submodule, wrap))
+                for module in self.modules:
+                    self._arm(module, backward or _backward, stack)
             yield
             if len(self.losses) < len(self.modules) - 1:
                 cut = self.modules[len(self.losses)].cut
                 raise RuntimeError(f'The forward pass never ran the cut {cut!r}.')
-            if self.bank is not None:
-                self.bank_bytes = self.bank.nbytes
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.targets = None
-            self._own.clear()
-            if self.bank is not None:
-                self.bank.clear()
 
-    def _arm(self, module: LocalModule, backward, handles: list) -> None:
+    def _forget(self) -> None:
+        self.targets = None
+        self._own.clear()
+        self._shared.clear()
+        if self.bank is not None:
+            self.bank.clear()
+
+    def _arm(self, module: LocalModule, backward: Backward, stack: ExitStack) -> None:
+        parts = {
+            part: self.model.get_submodule(part)
+            for unit in module.units
+            for part in unit.parts
+        }
+        # The boundary does not require grad, which some blocks ask of their input.
+        needs_grad = module.index > 0 and any(map(checkpoints_itself, parts.values()))
+        if self.micro_batch_size is not None:
+            self._arm_micro_batches(module, parts, backward, needs_grad, stack)
+            return
+        if not module.is_last:
+            self._arm_hooks(module, backward, stack)
+        if needs_grad:
+            start = next(iter(parts.values()))
+            hook = start.register_forward_pre_hook(_require_grad)
+            stack.callback(hook.remove)
+
+    def _arm_hooks(
+        self, module: LocalModule, backward: Backward, stack: ExitStack
+    ) -> None:
         for unit, following in ends_of_stages(module.units):
             end = self.model.get_submodule(unit.name)
             start = self.model.get_submodule(following.parts[0])
-            handles.append(end.register_forward_hook(self._branch(unit.name)))
-            handles.append(start.register_forward_pre_hook(self._rejoin(unit.name)))
+            branch, rejoin = self._branch(unit.name), self._rejoin(unit.name)
+            stack.callback(end.register_forward_hook(branch).remove)
+            stack.callback(start.register_forward_pre_hook(rejoin).remove)
 
         def cut(_submodule: nn.Module, _args: tuple, output: Tensor) -> Tensor:
             return self._cut(module, backward, output)
 
         end = self.model.get_submodule(module.cut)
-        handles.append(end.register_forward_hook(cut))
-        following = self.modules[module.index + 1]
-        if any(_checkpointed(self.model, part) for part in _parts(following)):
-            start = self.model.get_submodule(following.units[0].parts[0])
-            handles.append(start.register_forward_pre_hook(_require_grad))
+        stack.callback(end.register_forward_hook(cut).remove)
 
     def _branch(self, name: str):
         # Necks read the end of a stage: they get it detached, since its graph is
@@ -142,19 +201,90 @@ class LocalLearner:
 
         return hook
 
-    def _cut(self, module: LocalModule, backward, output: Tensor) -> Tensor:
-        self._check(module, output)
+    def _cut(self, module: LocalModule, backward: Backward, output: Tensor) -> Tensor:
         self._own[module.cut] = output
-        earlier = {} if self.bank is None else self.bank
-        maps = {**earlier, **self._own}
-        loss = total_loss(self.heads[module.index](maps, self.targets, self.bank))
-        backward(loss, module)
-        self.losses[module.name] = loss.detach()
-        if self.bank is not None:
-            for name, map_ in self._own.items():
-                self.bank.store(name, map_)
+        loss = self._train(module, self._own, backward)
+        self._pass_on(module, self._own, loss)
         self._own.clear()
         return output.detach()
+
+    def _arm_micro_batches(
+        self,
+        module: LocalModule,
+        parts: dict[str, nn.Module],
+        backward: Backward,
+        needs_grad: bool,
+        stack: ExitStack,
+    ) -> None:
+        def slices(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+            for images in slices_of(len(x), self.micro_batch_size):
+                yield images, require_grad(x[images]) if needs_grad else x[images]
+
+        def train(chain: Chain, x: Tensor) -> Maps:
+            whole: Maps = {}
+            losses = []
+            for images, some in slices(x):
+                own = chain(some)
+                losses.append(self._train(module, own, backward, images, len(x)))
+                write_slices(whole, own, images, len(x))
+                del own  # before the next slice needs the memory
+            self._pass_on(module, whole, sum(losses))
+            return whole
+
+        def recompute(chain: Chain, x: Tensor) -> Maps:
+            run = recomputed(*parts.values())(chain)
+            return join_slices([run(some) for _, some in slices(x)])
+
+        run = recompute if module.is_last else train
+        micro_batches = MicroBatches(list(parts), stage_ends(module), run)
+        for name, part in parts.items():
+            stack.enter_context(patched(part, partial(micro_batches.wrap, name)))
+
+    def _train(
+        self,
+        module: LocalModule,
+        own: Maps,
+        backward: Backward,
+        images: slice | None = None,
+        count: int = 0,
+    ) -> Tensor:
+        """Back-propagates the local loss of some of ``count`` images, None for all."""
+        self._check(module, own[module.cut])
+        earlier, targets, first = dict(self.bank or {}), self.targets, 0
+        if images is not None:
+            earlier = {name: map_[images] for name, map_ in earlier.items()}
+            targets, first = slice_batch(targets, images, count), images.start
+        if self.bank is not None:
+            self.bank.shared = self._shared.setdefault(first, {})
+        head = self.heads[module.index]
+        loss = total_loss(head({**earlier, **own}, targets, self.bank))
+        if images is not None:
+            loss = loss * ((images.stop - images.start) / count)
+        backward(loss, module, images is None or images.stop == count)
+        return loss.detach()
+
+    def _pass_on(self, module: LocalModule, own: Maps, loss: Tensor) -> None:
+        """Ends a module: the bank keeps what later heads read."""
+        self.losses[module.name] = loss
+        if self.bank is None:
+            return
+        readers = {name: self._readers(name, module) for name in (*self.bank, *own)}
+        self.bank.keep([name for name, heads in readers.items() if heads])
+        for name in own:
+            if heads := readers[name]:
+                average = all(getattr(h, 'reads_averages', False) for h in heads)
+                self.bank.store(name, own[name], average)
+        self.bank_bytes = max(self.bank_bytes, self.bank.nbytes)
+
+    def _readers(self, name: str, module: LocalModule) -> list[nn.Module]:
+        """The heads of later modules that may read a map."""
+        later = self.heads[module.index + 1 :]
+        reads = [getattr(head, 'reads', None) for head in later]
+        return [
+            head
+            for head, names in zip(later, reads, strict=True)
+            if names is None or name in names
+        ]
 
     def _check(self, module: LocalModule, output: Any) -> None:
         if not isinstance(output, Tensor):
@@ -167,18 +297,13 @@ class LocalLearner:
                 f'The cut {module.cut!r} ran out of turn or more than once in a step: '
                 'the network has no single path there.'
             )
-        if _in_checkpoint() or not (torch.is_grad_enabled() and output.requires_grad):
+        if in_checkpoint() or not (torch.is_grad_enabled() and output.requires_grad):
             raise RuntimeError(
                 f'The cut {module.cut!r} ran without gradients. It may lie inside a '
                 'region that is checkpointed or run under no_grad: move the cut to '
                 'the end of that region, or leave the region out of '
                 'activation_checkpointing.'
             )
-
-
-def stage_ends(module: LocalModule) -> list[str]:
-    """Names of the units whose maps heads may read: stage ends, and the cut."""
-    return [*(unit.name for unit, _ in ends_of_stages(module.units)), module.cut]
 
 
 def total_loss(losses: Losses) -> Tensor:
@@ -195,43 +320,9 @@ def total_loss(losses: Losses) -> Tensor:
     return sum(value.mean() for term in terms for value in term)
 
 
-def _backward(loss: Tensor, _module: LocalModule) -> None:
-    loss.backward()
-
-
-def _parts(module: LocalModule) -> list[str]:
-    return [part for unit in module.units for part in unit.parts]
-
-
-def _checkpointed(model: nn.Module, part: str) -> bool:
-    return any(
-        getattr(m, 'with_cp', False) for m in model.get_submodule(part).modules()
-    )
-
-
-class _RequireGrad(torch.autograd.Function):
-    """Hands a tensor on as one that requires grad, and keeps nothing of it."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, _source: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, _grad: Tensor) -> tuple[None, None]:
-        return None, None
-
-
 def _require_grad(_submodule: nn.Module, args: tuple) -> tuple:
-    # Blocks checkpoint themselves only if their input requires grad. A leaf would
-    # stay alive, with a gradient, as long as the loss does.
-    source = torch.empty(0, requires_grad=True)
-    return tuple(
-        _RequireGrad.apply(a, source) if isinstance(a, Tensor) else a for a in args
-    )
+    return require_grad(args[0]), *args[1:]
 
 
-def _in_checkpoint() -> bool:
-    # Inside a non-reentrant region, which would be recomputed without the cut.
-    top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
-    hooks = top(True) if top else None
-    return bool(hooks) and hooks[0].__module__ == 'torch.utils.checkpoint'
+def _backward(loss: Tensor, _module: LocalModule, _complete: bool) -> None:
+    loss.backward()

@@ -66,13 +66,18 @@ def ends_of_stages(units: Sequence[Unit]) -> list[tuple[Unit, Unit]]:
     ]
 
 
+def stage_ends(module: LocalModule) -> list[str]:
+    """Names of the units whose maps heads may read: stage ends, and the cut."""
+    return [*(unit.name for unit, _ in ends_of_stages(module.units)), module.cut]
+
+
 class StagePartition:
     """Cuts after every stage of the backbone, as in the paper.
 
     Modules without a trainable parameter are merged with the next one.
     """
 
-    def cuts(self, units: Sequence[Unit]) -> list[str]:
+    def cuts(self, units: Sequence[Unit], _measure: Measure | None = None) -> list[str]:
         """Names of the units after which to cut, the last unit excluded."""
         return [unit.name for unit, _ in ends_of_stages(units)]
 
@@ -89,7 +94,7 @@ class CutPartition:
     def __init__(self, cuts: Sequence[str]) -> None:
         self._cuts = list(cuts)
 
-    def cuts(self, units: Sequence[Unit]) -> list[str]:
+    def cuts(self, units: Sequence[Unit], _measure: Measure | None = None) -> list[str]:
         """Names of the units after which to cut.
 
         Raises:

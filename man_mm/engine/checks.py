@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+from mmengine import dist
+from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from man_mm.core import LocalLearner
@@ -58,14 +62,17 @@ def check_model_wrapper(model: nn.Module) -> None:
         )
 
 
-def check_start(learner: LocalLearner) -> None:
-    """Refuses to start without a memory bank that a head reads.
+def check_start(learner: LocalLearner, update: str) -> None:
+    """Refuses to start what could not train, and warns of what trains differently.
 
     Args:
         learner: The learner about to train.
+        update: When the wrapper updates.
 
     Raises:
-        ValueError: With the line to add.
+        ValueError: If a head reads a memory bank that is not there, if another tool
+            has replaced the forward function that would run the units, or if
+            ``update='parameter'`` meets several processes.
     """
     needs_bank = any(getattr(head, 'needs_bank', False) for head in learner.heads)
     if needs_bank and learner.bank is None:
@@ -74,4 +81,42 @@ def check_start(learner: LocalLearner) -> None:
             'configured. Add to the config:\n'
             "    default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))\n"
             'or set optim_wrapper.local_learning.aux_head.use_bank=False.'
+        )
+    if update == 'parameter' and dist.get_world_size() > 1:
+        raise ValueError(
+            "optim_wrapper.local_learning.update='parameter' steps before gradients "
+            "are averaged over processes: set it to 'module'."
+        )
+    if len(learner.modules) > 1:
+        _check_forward(learner)
+        if learner.micro_batch_size is not None:
+            _warn_of_batch_norm(learner)
+
+
+def _check_forward(learner: LocalLearner) -> None:
+    *holders, _ = learner.modules[0].cut.split('.')
+    for depth in range(1, len(holders) + 1):
+        name = '.'.join(holders[:depth])
+        forward = learner.model.get_submodule(name).forward
+        if isinstance(getattr(forward, '__self__', None), torch.fx.GraphModule):
+            raise ValueError(
+                f'efficient_conv_bn_eval has traced {name!r} as a whole, so its units '
+                'never run and cannot be cut: remove the key efficient_conv_bn_eval '
+                'from the config. Local learning does the same by itself '
+                '(optim_wrapper.local_learning.efficient_conv_bn_eval).'
+            )
+
+
+def _warn_of_batch_norm(learner: LocalLearner) -> None:
+    parts = [part for m in learner.modules for unit in m.units for part in unit.parts]
+    norms = [
+        norm
+        for part in parts
+        for norm in learner.model.get_submodule(part).modules()
+        if isinstance(norm, _BatchNorm) and norm.training
+    ]
+    if norms:
+        MMLogger.get_current_instance().warning(
+            f'micro_batch_size={learner.micro_batch_size}: {len(norms)} batch norms '
+            'are in training mode, and will normalise each micro-batch by itself.'
         )

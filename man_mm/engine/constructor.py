@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from man_mm.core import LocalLearner, split
 from .checks import check_model_wrapper, check_wrapper_type
 from .distributed import broadcast_module
 from .optim_wrapper import LocalLearningOptimWrapper
+from .planning import measure_units
+from .savings import fold_patches, loss_patches, recompute_patches
 
 _DEFAULTS = dict(
     partition=dict(type='StagePartition'),
@@ -26,6 +30,17 @@ _DEFAULTS = dict(
     aux_decay_mult=1.0,
     update='module',
     clip='module',
+    micro_batch_size=None,
+    recompute=(),
+    efficient_conv_bn_eval=True,
+)
+
+LEARNER_OPTIONS = (
+    'partition',
+    'aux_head',
+    'micro_batch_size',
+    'recompute',
+    'efficient_conv_bn_eval',
 )
 
 
@@ -41,6 +56,12 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - ``aux_lr_mult=1.0``, ``aux_decay_mult=1.0``: learning rate and weight decay of
       the heads, as multiples of the model's (eta_a / eta_l in arXiv 2406.00446).
     - ``update='module'``, ``clip='module'``: see `LocalLearningOptimWrapper`.
+    - ``micro_batch_size=None``: images that run through a module at a time; see
+      `man_mm.core.LocalLearner`.
+    - ``recompute=()``: names of submodules, such as ``'backbone.layer4'``, whose
+      activations are computed again in the backward pass (activation checkpointing).
+    - ``efficient_conv_bn_eval=True``: fold batch norms in evaluation mode into their
+      convolutions; see `man_mm.core.conv_bn.fold_norms`.
 
     Args:
         optim_wrapper_cfg: The config's ``optim_wrapper``.
@@ -79,7 +100,7 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if is_model_wrapper(model):
             model = model.module
         learner = build_learner(
-            model, self.options['partition'], self.options['aux_head']
+            model, **{key: self.options[key] for key in LEARNER_OPTIONS}
         )
         groups = self._groups(model)
         for group in self._groups(learner.heads):
@@ -111,7 +132,12 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def build_learner(
-    model: nn.Module, partition: dict[str, Any], aux_head: dict[str, Any]
+    model: nn.Module,
+    partition: dict[str, Any],
+    aux_head: dict[str, Any],
+    recompute: Sequence[str] = (),
+    efficient_conv_bn_eval: bool = True,
+    micro_batch_size: int | None = None,
 ) -> LocalLearner:
     """Partitions a model and builds its auxiliary heads, of its device and dtype.
 
@@ -123,6 +149,9 @@ def build_learner(
         partition: Config of a partition.
         aux_head: Config of an auxiliary head; built once for each module but the
             last, with ``site`` added.
+        recompute: See `LocalLearningOptimWrapperConstructor`.
+        efficient_conv_bn_eval: See there.
+        micro_batch_size: See there.
 
     Returns:
         A learner without a bank; `MemoryBankHook` adds one.
@@ -131,7 +160,15 @@ def build_learner(
         ValueError: If the model cannot be cut so, or has no such head.
     """
     units = find_units(model)
-    cuts = root.TASK_UTILS.build(dict(partition)).cuts(units)
+    build = partial(
+        build_learner,
+        aux_head=aux_head,
+        recompute=recompute,
+        efficient_conv_bn_eval=efficient_conv_bn_eval,
+        micro_batch_size=micro_batch_size,
+    )
+    measure = partial(measure_units, model, build)
+    cuts = root.TASK_UTILS.build(dict(partition)).cuts(units, measure)
     modules = split(model, units, cuts)
     heads = []
     if len(modules) > 1:
@@ -141,6 +178,12 @@ def build_learner(
             for site in find_sites(model, modules, taps):
                 config = dict(copy.deepcopy(aux_head), site=site)
                 heads.append(root.MODELS.build(config).to(like))
-    learner = LocalLearner(model, modules, heads)
+    patches = loss_patches(model, *heads)
+    if efficient_conv_bn_eval:
+        patches += fold_patches(model, units)
+    patches += recompute_patches(model, units, recompute)
+    learner = LocalLearner(
+        model, modules, heads, patches=patches, micro_batch_size=micro_batch_size
+    )
     broadcast_module(learner.heads)
     return learner

@@ -18,6 +18,8 @@ from man_mm.core import LocalLearner, LocalModule
 from .checks import check_model_wrapper, check_start
 from .distributed import average_gradients
 
+_UPDATE_BYTES = 2**20
+
 
 @root.OPTIM_WRAPPERS.register_module()
 class LocalLearningOptimWrapper(OptimWrapper):
@@ -31,8 +33,10 @@ class LocalLearningOptimWrapper(OptimWrapper):
         optimizer: One optimizer over the model and all auxiliary heads.
         learner: The learner whose modules are trained.
         update: ``'module'`` steps and frees a module's gradients right after its
-            backward pass; ``'iteration'`` steps all modules at the end. Both give
-            the same weights. Default: ``'module'``.
+            backward pass; ``'iteration'`` steps all modules at the end;
+            ``'parameter'`` steps and frees each gradient as soon as it is complete,
+            on one process and without ``clip_grad``. All give the same weights.
+            Default: ``'module'``.
         clip: ``'module'`` applies ``clip_grad`` to each module with its head alone;
             ``'global'`` to all together, which needs ``update='iteration'``.
             Default: ``'module'``.
@@ -52,7 +56,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
     ) -> None:
         super().__init__(optimizer, **kwargs)
         for key, value, known in (
-            ('update', update, ('module', 'iteration')),
+            ('update', update, ('module', 'iteration', 'parameter')),
             ('clip', clip, ('module', 'global')),
         ):
             if value not in known:
@@ -60,7 +64,14 @@ class LocalLearningOptimWrapper(OptimWrapper):
                     f'optim_wrapper.local_learning.{key} must be one of {known}, got '
                     f'{value!r}.'
                 )
-        if clip == 'global' and update == 'module':
+        if update == 'parameter' and self.clip_grad_kwargs:
+            raise ValueError(
+                "optim_wrapper.local_learning.update='parameter' frees gradients one "
+                'by one, but clip_grad needs those of a module at once: set '
+                "optim_wrapper.local_learning.update='module', or remove "
+                'optim_wrapper.clip_grad.'
+            )
+        if clip == 'global' and update != 'iteration':
             raise ValueError(
                 "optim_wrapper.local_learning.clip='global' needs the gradients of all "
                 "modules at once: set optim_wrapper.local_learning.update='iteration'."
@@ -79,7 +90,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             init_counts: Iterations done so far.
             max_counts: Iterations in total.
         """
-        check_start(self.learner)
+        check_start(self.learner, self.update)
         super().initialize_count_status(model, init_counts, max_counts)
 
     @contextmanager
@@ -102,15 +113,18 @@ class LocalLearningOptimWrapper(OptimWrapper):
             stack.enter_context(self.learner.step(backward=self.local_backward))
             yield
 
-    def local_backward(self, loss: Tensor, module: LocalModule) -> None:
+    def local_backward(self, loss: Tensor, module: LocalModule, complete: bool) -> None:
         """Back-propagates a local loss, without counting an iteration.
 
         Args:
             loss: The local loss, a scalar.
             module: The module that it trains.
+            complete: Whether no other loss of this iteration reaches the module.
         """
-        self.scale_loss(loss).backward()
-        if self.should_sync():
+        complete = complete and self.should_sync()
+        with self._updating(module, complete):
+            self.scale_loss(loss).backward()
+        if complete:
             self._finish(module)
 
     def update_params(
@@ -127,7 +141,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
             zero_kwargs: Accepted for compatibility; gradients are always freed.
         """
         modules = self.learner.modules
-        self.backward(self.scale_loss(loss))
+        with self._updating(modules[-1], self.should_sync()):
+            self.backward(self.scale_loss(loss))
         if self.should_update():
             self._finish(modules[-1])
             if self.update == 'iteration':
@@ -175,11 +190,34 @@ class LocalLearningOptimWrapper(OptimWrapper):
         # The signature of every OpenMMLab model: forward(inputs, data_samples, mode).
         self.learner.targets = kwargs.get('data_samples', (*args, None, None)[1])
 
+    @contextmanager
+    def _updating(self, module: LocalModule, complete: bool) -> Iterator[None]:
+        """With ``update='parameter'``, steps parameters while the module backwards."""
+        if self.update != 'parameter' or not complete:
+            yield
+            return
+        ready: list[nn.Parameter] = []
+
+        def collect(param: nn.Parameter) -> None:
+            ready.append(param)
+            # A call of the optimizer has its price, so small gradients wait.
+            if sum(p.grad.nbytes for p in ready) >= _UPDATE_BYTES:
+                self._step_params(set(ready))
+                ready.clear()
+
+        with ExitStack() as stack:
+            for param in self.learner.params(module):
+                handle = param.register_post_accumulate_grad_hook(collect)
+                stack.callback(handle.remove)
+            yield
+
     def _finish(self, module: LocalModule) -> None:
         params = self.learner.params(module)
         average_gradients(params)
         if self.update == 'module':
             self._step([module])
+        elif self.update == 'parameter':  # those that its last loss did not reach
+            self._step_params({p for p in params if p.grad is not None})
 
     def _step(self, modules: Sequence[LocalModule], **kwargs: Any) -> None:
         params = [self.learner.params(module) for module in modules]
@@ -188,10 +226,12 @@ class LocalLearningOptimWrapper(OptimWrapper):
         else:
             for module, group in zip(modules, params, strict=True):
                 self._clip(f'{module.name}/grad_norm', group)
-        stepped = {p for group in params for p in group}
-        with _only(self.optimizer, stepped):
+        self._step_params({p for group in params for p in group}, **kwargs)
+
+    def _step_params(self, params: set[nn.Parameter], **kwargs: Any) -> None:
+        with _only(self.optimizer, params):
             self.optimizer.step(**kwargs)
-        for param in stepped:
+        for param in params:
             param.grad = None
 
     def _clip(self, name: str, params: Sequence[nn.Parameter]) -> None:
@@ -210,11 +250,14 @@ class LocalLearningOptimWrapper(OptimWrapper):
 @contextmanager
 def _only(optimizer: Optimizer, params: set[nn.Parameter]) -> Iterator[None]:
     """Limits an optimizer to some parameters: others may hold unfinished gradients."""
-    groups = [(group, group['params']) for group in optimizer.param_groups]
+    groups = optimizer.param_groups
+    everything = [group['params'] for group in groups]
     try:
-        for group, all_params in groups:
-            group['params'] = [p for p in all_params if p in params]
+        for group in groups:
+            group['params'] = [p for p in group['params'] if p in params]
+        optimizer.param_groups = [group for group in groups if group['params']]
         yield
     finally:
-        for group, all_params in groups:
+        optimizer.param_groups = groups
+        for group, all_params in zip(groups, everything, strict=True):
             group['params'] = all_params

@@ -91,7 +91,7 @@ def count_hooks(model):
 
 
 def update_at_once(optimizer):
-    def backward(loss, module):
+    def backward(loss, module, complete):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -107,5 +107,5 @@ class LeakyLearner(LocalLearner):
         return output
 
 
-def retain(loss, module):
+def retain(loss, module, complete):
     loss.backward(retain_graph=True)

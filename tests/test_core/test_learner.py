@@ -48,8 +48,8 @@ def reached(learner):
         for param in params:
             param.grad = None
 
-    def backward(loss, module):
-        retain(loss, module)
+    def backward(loss, module, complete):
+        retain(loss, module, complete)
         collect()
 
     with learner.step(LABELS, backward):
@@ -95,8 +95,8 @@ def test_a_head_that_uses_another_module_is_not_isolated():
 
 def test_a_bank_that_keeps_the_graph_is_not_isolated():
     class LeakyBank(MemoryBank):
-        def store(self, name, map_):
-            super().store(name, map_)
+        def store(self, name, map_, average=False):
+            super().store(name, map_, average)
             self._maps[name] = map_
 
     with pytest.raises(AssertionError):
@@ -213,7 +213,7 @@ def test_a_step_per_module_equals_a_joint_step(optimizer):
         train_step(learner, optimizer, update_at_once(optimizer))
 
     def without_clearing(learner, optimizer):
-        def backward(loss, module):
+        def backward(loss, module, complete):
             loss.backward()
             optimizer.step()
 
@@ -267,7 +267,6 @@ def test_heads_read_the_ends_of_all_stages_inside_a_module():
     assert stage_ends(learner.modules[0]) == ['stage1', 'stage2']
     with learner.step(LABELS, retain):
         model_loss(learner.model)
-        assert list(bank) == ['stage1', 'stage2']
     grads = [p.grad for p in learner.params(learner.modules[0])]
     assert all(grad is not None for grad in grads)
 

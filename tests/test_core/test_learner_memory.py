@@ -82,9 +82,8 @@ def test_the_bytes_in_the_bank_are_reported():
     learner = build(3, bank=MemoryBank())
     with learner.step(LABELS):
         model_loss(learner.model)
-        assert list(learner.bank) == ['stage1', 'stage2']
-    assert learner.bank_bytes == 2 * (4 * WIDTH * 8 * 8 * 4 + 2 * WIDTH * 4)
-    assert not learner.bank
+        assert not learner.bank  # no head is left that would read it
+    assert learner.bank_bytes == 4 * WIDTH * 8 * 8 * 4 + 2 * WIDTH * 4
 
 
 def kept(learner):
@@ -100,6 +99,29 @@ def check_nothing_survives(learner, step):
     new = [t for t in kept(learner) if not any(t is other for other in old)]
     assert end == tensor_bytes(new)
     assert end <= 2 * (4 + 2 * WIDTH * 4)  # none of it grows with the images
+
+
+def test_heads_that_read_averages_alone_keep_no_map():
+    learner = build(3, bank=MemoryBank())
+    with learner.step(LABELS):
+        whole = model_loss(learner.model)
+    losses, bytes_ = learner.losses, learner.bank_bytes
+    learner = build(3, bank=MemoryBank())
+    for head in learner.heads:
+        head.reads_averages = True
+    with learner.step(LABELS):
+        assert torch.equal(model_loss(learner.model), whole)
+    torch.testing.assert_close(learner.losses, losses)  # it averages once more
+    assert learner.bank_bytes == bytes_ - 4 * WIDTH * (8 * 8 - 1) * 4
+
+
+def test_maps_that_no_later_head_reads_are_freed():
+    learner = build(3, bank=MemoryBank())
+    learner.heads = nn.ModuleList([PooledHead(), PooledHead()])
+    learner.heads[1].reads = frozenset()
+    with learner.step(LABELS):
+        model_loss(learner.model)
+    assert learner.bank_bytes == 0 and not learner.bank.moments()
 
 
 class ShortBank(MemoryBank):
@@ -130,9 +152,9 @@ def test_a_head_that_keeps_its_maps_is_found():
 
 def test_a_bank_that_is_not_cleared_is_found():
     class FullBank(MemoryBank):
-        def clear(self):
+        def keep(self, names):
             self.kept = dict(self)
-            super().clear()
+            super().keep(names)
 
     learner = build(3, bank=FullBank())
     with pytest.raises(AssertionError):

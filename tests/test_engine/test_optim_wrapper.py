@@ -133,7 +133,8 @@ def test_with_cp_gives_the_same_weights(depth):
         cfg = detector_config('retinanet', depth)
         cfg.model.backbone.with_cp = with_cp
         model = build_detector(cfg)
-        wrapper = build_wrapper(model)
+        # Blocks that checkpoint themselves are not folded, which changes the rounding.
+        wrapper = build_wrapper(model, efficient_conv_bn_eval=False)
         for _ in range(2):
             model.train_step(batch_of(), wrapper)
         weights.append(list(model.parameters()))

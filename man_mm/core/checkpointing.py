@@ -1,0 +1,82 @@
+"""Activation checkpointing inside modules: ours, and that of the network itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from .patches import Wrap
+
+
+def recomputed(*submodules: nn.Module) -> Wrap:
+    """Wraps a forward function so that the backward pass computes activations again.
+
+    ``torch.utils.checkpoint`` without reentrance, so that no input has to require
+    grad. Batch norms update their running statistics in the first pass only.
+
+    Args:
+        *submodules: What the forward function runs.
+    """
+    norms = [
+        module
+        for submodule in submodules
+        for module in submodule.modules()
+        if isinstance(module, _BatchNorm)
+    ]
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), _statistics_kept(norms)
+
+    return lambda forward: partial(
+        checkpoint, forward, use_reentrant=False, context_fn=contexts
+    )
+
+
+@contextmanager
+def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, momentum, batches in kept:
+        if momentum is not None and batches is not None:
+            norm.momentum, norm.num_batches_tracked = 0.0, batches.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, batches in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+def checkpoints_itself(submodule: nn.Module) -> bool:
+    """Whether blocks of OpenMMLab in it are told to checkpoint themselves."""
+    return any(getattr(m, 'with_cp', False) for m in submodule.modules())
+
+
+def require_grad(tensor: Tensor) -> Tensor:
+    """A tensor that requires grad, but never gets one.
+
+    Blocks checkpoint themselves only if their input requires grad. A leaf would stay
+    alive, with a gradient, as long as the loss does.
+    """
+    return _RequireGrad.apply(tensor, torch.empty(0, requires_grad=True))
+
+
+class _RequireGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, _source: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, _grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def in_checkpoint() -> bool:
+    """Whether a non-reentrant region runs, which would be recomputed without cuts."""
+    top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
+    hooks = top(True) if top else None
+    return bool(hooks) and hooks[0].__module__ == 'torch.utils.checkpoint'

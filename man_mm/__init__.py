@@ -1,7 +1,8 @@
 """man_mm: supervised local learning for OpenMMLab."""
 
-from .aux_heads import AuxHead, AuxSite, MANDetHead, MANHead
+from .aux_heads import AuxHead, AuxSite, MANClsHead, MANDetHead, MANHead
 from .core import (
+    BalancedPartition,
     CutPartition,
     LocalLearner,
     LocalModule,
@@ -22,11 +23,13 @@ from .version import __version__
 __all__ = [
     'AuxHead',
     'AuxSite',
+    'BalancedPartition',
     'CutPartition',
     'LocalLearner',
     'LocalLearningOptimWrapper',
     'LocalLearningOptimWrapperConstructor',
     'LocalModule',
+    'MANClsHead',
     'MANDetHead',
     'MANHead',
     'MemoryBank',

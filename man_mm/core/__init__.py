@@ -3,8 +3,10 @@
 from .bank import MemoryBank
 from .learner import LocalLearner
 from .partition import CutPartition, LocalModule, StagePartition, Unit, split
+from .plan import BalancedPartition
 
 __all__ = [
+    'BalancedPartition',
     'CutPartition',
     'LocalLearner',
     'LocalModule',

@@ -2,7 +2,7 @@
 
 from mmengine import registry as root
 
-from man_mm.core import CutPartition, StagePartition
+from man_mm.core import BalancedPartition, CutPartition, StagePartition
 
 from . import compat
 from .constructor import LocalLearningOptimWrapperConstructor, build_learner
@@ -10,7 +10,7 @@ from .hooks import MemoryBankHook
 from .optim_wrapper import LocalLearningOptimWrapper
 from .resume import ResumeHook
 
-for _partition in (StagePartition, CutPartition):
+for _partition in (StagePartition, CutPartition, BalancedPartition):
     root.TASK_UTILS.register_module(module=_partition)
 compat.allow_safe_loading()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmengine import registry as root
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
@@ -170,6 +171,8 @@ def build_learner(
     measure = partial(measure_units, model, build)
     cuts = root.TASK_UTILS.build(dict(partition)).cuts(units, measure)
     modules = split(model, units, cuts)
+    ends = ', '.join(module.cut for module in modules[:-1]) or 'nothing'
+    print_log(f'Local learning: K = {len(modules)}, cut after {ends}.', 'current')
     heads = []
     if len(modules) > 1:
         taps = probe(model, units)

@@ -1,0 +1,56 @@
+"""A batch of random images and targets that a model can train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from man_mm.aux_heads.man_cls import is_classifier
+from man_mm.aux_heads.man_det import num_classes
+
+_OBJECTS = 8
+
+
+def synthetic_batch(model: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
+    """Makes a batch as the model's data loader gives it; the same at every call.
+
+    Detectors get 8 objects an image, with masks if they predict masks.
+
+    Args:
+        model: A detector of mmdet or a classifier of mmpretrain.
+        shape: Shape ``(N, C, H, W)`` of the images, before padding.
+
+    Returns:
+        What ``model.train_step`` and ``model.data_preprocessor`` take.
+
+    Raises:
+        ValueError: If the model is of another kind.
+    """
+    count, *image = shape
+    if hasattr(model, 'bbox_head') or hasattr(model, 'rpn_head'):
+        from mmdet.testing import demo_mm_inputs
+
+        return demo_mm_inputs(
+            count,
+            tuple(image),
+            num_items=[_OBJECTS] * count,
+            num_classes=max(num_classes(model), 2),
+            with_mask=getattr(model, 'with_mask', False),
+        )
+    if is_classifier(model):
+        from mmpretrain.structures import DataSample
+
+        rng = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (count, *image), generator=rng, dtype=torch.uint8)
+        samples = [
+            DataSample().set_gt_label(index % model.head.num_classes)
+            for index in range(count)
+        ]
+        return dict(inputs=list(images), data_samples=samples)
+    raise ValueError(
+        f'There are no synthetic batches for a {type(model).__name__}, only for '
+        'detectors with a bbox_head or an rpn_head and for image classifiers.'
+    )

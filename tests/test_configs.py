@@ -14,7 +14,7 @@ from mmengine.registry import HOOKS, MODELS, init_default_scope
 from man_mm.aux_heads.man_det import num_classes
 
 CONFIGS = sorted(Path('configs/man').glob('*.py'))
-WIDTHS = {18: 1, 34: 1, 50: 4, 101: 4}
+WIDTHS = {18: 1, 34: 1, 50: 4, 101: 4, 152: 4}
 
 
 def shrink(cfg):

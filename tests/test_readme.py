@@ -3,26 +3,38 @@
 import json
 import re
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
+import pytest
 import yaml
 
 RESULTS = Path('benchmarks/results')
-CARD = Path('configs/man/README.md')
+CARD, MEMORY = Path('configs/man/README.md'), Path('docs/memory.md')
+README = Path('README.md')
+DOCUMENTS = (README, CARD, MEMORY)
 MIB = 2**20
 
 
-def step_rows(name):
-    """Table rows of a result of tools/benchmark.py."""
-    results = json.loads((RESULTS / f'{name}.json').read_text())['results']
-    base = results['end-to-end']
-    for scheme, row in results.items():
-        seconds = median(row['seconds'])
-        yield (
-            f'| {scheme} | {row["peak"] / MIB:.0f} MiB '
-            f'| {row["peak"] / base["peak"]:.2f} | {seconds:.2f} s '
-            f'| {seconds / median(base["seconds"]):.2f} |'
-        )
+@pytest.fixture
+def step_rows(monkeypatch):
+    """Table rows of a folder of results of tools/benchmark.py."""
+    monkeypatch.syspath_prepend('tools')
+    from _records import markdown_rows, read_records
+
+    def rows(folder):
+        assert folder.is_dir(), folder
+        return markdown_rows(read_records(folder))
+
+    return rows
+
+
+def kind_rows(folder):
+    """Table rows of what peaks consist of, in MiB."""
+    for path in sorted(folder.glob('*.json')):
+        record = json.loads(path.read_text())
+        sizes = [f'{size / MIB:.1f}' for size in record['kinds'].values()]
+        total = f'{record["peak"] / MIB:.1f} | {record["peak_ratio"]:.3f}'
+        yield f'| {record["scheme"]} | {total} | {" | ".join(sizes)} |'
 
 
 def accuracy_rows():
@@ -47,19 +59,31 @@ def missing(rows, text):
     return [row for row in rows if row not in text]
 
 
-def test_every_row_of_the_tables_comes_from_a_result():
-    readme, card = Path('README.md').read_text(), CARD.read_text()
-    tables = [
-        (readme, list(step_rows('retinanet_r50_man_coco_608x972'))),
-        (card, [*accuracy_rows(), *step_rows('retinanet_r18_man_demo_96x96')]),
-    ]
-    for text, rows in tables:
-        assert missing(rows, text) == []
-        numeric = re.findall(r'^\|.*\d\.\d+.*\|$', text, re.MULTILINE)
-        known = [row for row in numeric if row in rows or '`' in row or '_mult' in row]
-        assert sorted(known) == sorted(numeric)
-        changed = text.replace('.', '.9', 1000)  # control
-        assert missing(rows, changed) == rows
+def numeric_rows(text):
+    """Rows with measured numbers; rows that name a setting are none."""
+    found = re.findall(r'^\|.*\d\.\d+.*\|$', text, re.MULTILINE)
+    return [row for row in found if '`' not in row]
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=str)
+def test_every_row_of_the_tables_comes_from_a_result(document, step_rows):
+    text = document.read_text()
+    rows = list(accuracy_rows()) if document == CARD else []
+    for folder in {path.parent for path in RESULTS.rglob('*.json')} - {RESULTS}:
+        if folder.name in text:
+            rows += [*step_rows(folder), *kind_rows(folder)]
+    assert rows and missing(step_rows_of(text, step_rows), text) == []
+    assert [row for row in numeric_rows(text) if row not in rows] == []
+    changed = re.sub(r'(\d)\.(\d)', r'\1.9\2', text)  # control
+    assert [row for row in numeric_rows(changed) if row not in rows]
+
+
+def step_rows_of(text, step_rows):
+    """The rows of every folder of results that a document links to."""
+    names = re.findall(r'benchmarks/results/([\w.-]+)\)', text)
+    folders = [RESULTS / name for name in dict.fromkeys(names)]
+    # Results of several batches or models are drawn, not listed.
+    return [row for f in folders if any(f.glob('*.json')) for row in step_rows(f)]
 
 
 def test_the_metafile_lists_every_config():
@@ -71,7 +95,7 @@ def test_the_metafile_lists_every_config():
 
 
 def test_links_of_the_documents_exist():
-    for document in (Path('README.md'), CARD):
+    for document in DOCUMENTS:
         for link in re.findall(r'\]\(([^)#]+)', document.read_text()):
             if not link.startswith('http'):
                 assert (document.parent / link).exists(), link

@@ -69,6 +69,16 @@ def batch_of(size: int = 2, height: int = 64, width: int = 96, classes: int = 80
     return demo_mm_inputs(size, shape, num_items=boxes, num_classes=classes)
 
 
+def check_local_losses_fall(model, batch, steps):
+    wrapper = build_wrapper(model, optimizer=dict(type='AdamW', lr=1e-3))
+    first = None
+    for _ in range(steps):
+        model.train_step(batch, wrapper)
+        first = first or dict(wrapper.learner.losses)
+    for name, loss in wrapper.learner.losses.items():
+        assert loss < 0.9 * first[name]
+
+
 @pytest.fixture(params=['retinanet', 'faster_rcnn'])
 def kind(request):
     return request.param

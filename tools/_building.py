@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from man_mm.core import LocalLearner
+from man_mm.core.micro_batches import slice_batch, slices_of
 
 
 @dataclass
@@ -134,13 +135,12 @@ def build_scheme(
     else:
         kind, dtype = torch.device(device).type, getattr(torch, amp)
         autocast = partial(torch.autocast, kind, dtype)
-    wrapper = _build_wrapper(model, cfg, 'in-backward' in scheme.options)
+    wrapper = build_wrapper(model, cfg, 'in-backward' in scheme.options)
     learner = getattr(wrapper, 'learner', None)
     cuts = tuple(module.cut for module in learner.modules[:-1]) if learner else ()
     size = shape[0] // scheme.parts(shape[0])
     batches = [
-        {key: value[start : start + size] for key, value in data.items()}
-        for start in range(0, shape[0], size)
+        slice_batch(data, images, shape[0]) for images in slices_of(shape[0], size)
     ]
 
     def step() -> None:
@@ -151,7 +151,16 @@ def build_scheme(
     return Built(model, learner, (cuts, head) if cuts else (), step)
 
 
-def _build_wrapper(model: nn.Module, cfg: Config, in_backward: bool) -> OptimWrapper:
+def build_wrapper(
+    model: nn.Module, cfg: Config, in_backward: bool = False
+) -> OptimWrapper:
+    """Builds what trains a model by a config, with the bank that its hook would add.
+
+    Args:
+        model: The model.
+        cfg: The config.
+        in_backward: Whether each weight is updated in the backward pass.
+    """
     optimizer = dict(cfg.optim_wrapper.optimizer)
     with quiet():
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)

@@ -18,10 +18,10 @@ from os.path import relpath
 from pathlib import Path
 
 import matplotlib
+from _building import build_wrapper
 from benchmark import load_config
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import MODELS
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -130,9 +130,7 @@ def write_config(out: Path, base: str, cfg: Config, cuts: list[str]) -> None:
 def measure_peaks(cfg: Config, model: nn.Module, shape: tuple[int, ...]) -> list[int]:
     """Peak bytes of every module in a real training step of a config."""
     model = copy.deepcopy(model).train()
-    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    if 'memory_bank' in cfg.default_hooks:
-        wrapper.learner.bank = HOOKS.build(cfg.default_hooks.memory_bank).bank
+    wrapper = build_wrapper(model, cfg)
     batch = synthetic_batch(model, shape)
     model.train_step(batch, wrapper)  # makes the optimizer's state
     return measure_modules(wrapper.learner, lambda: model.train_step(batch, wrapper))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from man_mm.core import MemoryBank
 
 from .base import AuxHead, AuxSite
+from .blocks import conv_block
 
 _EXPANSION = 4
 
@@ -110,12 +110,12 @@ class PooledSLM(nn.Module):
         super().__init__()
         self.pool = 2 if max(later) > stride else 1
         stride *= self.pool
-        blocks = [_block(in_channels, channels, 1)]
+        blocks = [conv_block(in_channels, channels, 1)]
         for end in later:
             step = max(end // stride, 1)
-            blocks.append(_block(channels, channels, 3, step))
+            blocks.append(conv_block(channels, channels, 3, step))
             stride *= step
-        blocks.append(_block(channels, _EXPANSION * channels, 1))
+        blocks.append(conv_block(channels, _EXPANSION * channels, 1))
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, map_: Tensor) -> Tensor:
@@ -164,14 +164,3 @@ def _standardised(vector: Tensor, known: tuple[Tensor, Tensor] | None) -> Tensor
         return vector
     mean, variance = (x.to(vector) for x in known)
     return (vector - mean) * (variance + 1e-5).rsqrt()
-
-
-def _block(
-    in_channels: int, channels: int, kernel: int, stride: int = 1
-) -> nn.Sequential:
-    # GroupNorm: local heads must not depend on how many images a GPU holds.
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False),
-        nn.GroupNorm(math.gcd(8, channels), channels),
-        nn.ReLU(inplace=True),
-    )

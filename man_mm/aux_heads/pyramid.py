@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from man_mm.backbones import Tap
 from man_mm.core import MemoryBank
 
+from .blocks import conv_block
+
 
 class Lateral(nn.Module):
     """1×1 convolution that standardises its input with long-term statistics.
@@ -74,8 +76,10 @@ class LocalPyramid(nn.Module):
             {str(s): Lateral(tap.channels, channels) for s, tap in self.sources.items()}
         )
         steps = round(math.log2(max(max(levels) / own.stride, 1)))
-        self.slm = nn.ModuleList(_block(channels, stride=2) for _ in range(steps))
-        self.out = _block(channels, stride=1)
+        self.slm = nn.ModuleList(
+            conv_block(channels, channels, 3, stride=2) for _ in range(steps)
+        )
+        self.out = conv_block(channels, channels, 3)
 
     def forward(
         self, maps: Mapping[str, Tensor], bank: MemoryBank | None = None
@@ -104,13 +108,3 @@ class LocalPyramid(nn.Module):
             up = F.interpolate(pyramid[coarse], size=pyramid[fine].shape[-2:])
             pyramid[fine] = pyramid[fine] + up
         return [self.out(pyramid[level]) for level in self.levels]
-
-
-def _block(channels: int, stride: int) -> nn.Sequential:
-    # GroupNorm: local heads must not depend on how many images a GPU holds. Few
-    # groups: the coarsest maps have one location, and a group must not vanish.
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False),
-        nn.GroupNorm(math.gcd(8, channels), channels),
-        nn.ReLU(inplace=True),
-    )

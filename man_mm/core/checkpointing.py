@@ -77,6 +77,11 @@ class _RequireGrad(torch.autograd.Function):
 
 def in_checkpoint() -> bool:
     """Whether a non-reentrant region runs, which would be recomputed without cuts."""
-    top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
-    hooks = top(True) if top else None
+    hooks = top_saved_tensors_hooks()
     return bool(hooks) and hooks[0].__module__ == 'torch.utils.checkpoint'
+
+
+def top_saved_tensors_hooks() -> tuple | None:
+    """The innermost pair of hooks on saved tensors, or None."""
+    top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
+    return top(True) if top else None

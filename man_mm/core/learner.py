@@ -153,11 +153,7 @@ class LocalLearner:
             self.bank.clear()
 
     def _arm(self, module: LocalModule, backward: Backward, stack: ExitStack) -> None:
-        parts = {
-            part: self.model.get_submodule(part)
-            for unit in module.units
-            for part in unit.parts
-        }
+        parts = {part: self.model.get_submodule(part) for part in module.parts}
         # The boundary does not require grad, which some blocks ask of their input.
         needs_grad = module.index > 0 and any(map(checkpoints_itself, parts.values()))
         if self.micro_batch_size is not None:

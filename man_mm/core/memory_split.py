@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from .checkpointing import top_saved_tensors_hooks
 from .memory_regions import OTHER, Groups, Regions
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ AUXILIARIES, BANK, REST = 'auxiliaries', 'bank', 'neck and heads'
 _BYTES, _SAVED, _INPUT, _BANKED, _HANDED_ON = range(5)
 # The input of the running module is a boundary, and the bank's only after it.
 _BY_PLACE = ((_INPUT, 'boundaries'), (_BANKED, 'bank'), (_HANDED_ON, 'boundaries'))
-_top_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
 
 
 @dataclass(eq=False)
@@ -206,7 +206,7 @@ class MemorySplit:
         return _Packed(detached, self._find(tensor), self._events)
 
     def _has_other_hooks(self) -> bool:
-        top = _top_hooks(True) if _top_hooks else None
+        top = top_saved_tensors_hooks()
         return top is not None and top[0] != self._hooks.pack_hook
 
     def _watch(self, learner: LocalLearner, stack: ExitStack) -> None:
@@ -316,11 +316,7 @@ def learner_groups(learner: LocalLearner) -> dict[str, list[nn.Module]]:
         learner: The learner; its last module's group has its units only.
     """
     groups = {
-        module.name: [
-            learner.model.get_submodule(part)
-            for unit in module.units
-            for part in unit.parts
-        ]
+        module.name: [learner.model.get_submodule(part) for part in module.parts]
         for module in learner.modules
     }
     return {**groups, REST: [learner.model]}

@@ -60,6 +60,11 @@ class LocalModule:
         """Dotted name of the submodule after which the module ends."""
         return self.units[-1].name
 
+    @property
+    def parts(self) -> list[str]:
+        """Dotted names of all submodules that the units consist of."""
+        return [part for unit in self.units for part in unit.parts]
+
 
 def ends_of_stages(units: Sequence[Unit]) -> list[tuple[Unit, Unit]]:
     """Units that end a stage, each with the unit that follows it; no stem."""

@@ -108,7 +108,7 @@ def _check_forward(learner: LocalLearner) -> None:
 
 
 def _warn_of_batch_norm(learner: LocalLearner) -> None:
-    parts = [part for m in learner.modules for unit in m.units for part in unit.parts]
+    parts = [part for module in learner.modules for part in module.parts]
     norms = [
         norm
         for part in parts

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_classifier, build_wrapper, labelled_images
+from conftest import (
+    build_classifier,
+    build_wrapper,
+    check_local_losses_fall,
+    labelled_images,
+)
 from mmengine.registry import MODELS, init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -117,13 +122,7 @@ def test_the_loss_is_the_models(kind):
 
 def test_local_losses_fall(depth):
     model = build_classifier(depth)
-    wrapper = build_wrapper(model, optimizer=dict(type='AdamW', lr=1e-3))
-    batch, first = labelled_images(), None
-    for _ in range(6):
-        model.train_step(batch, wrapper)
-        first = first or dict(wrapper.learner.losses)
-    for name, loss in wrapper.learner.losses.items():
-        assert loss < 0.9 * first[name]
+    check_local_losses_fall(model, labelled_images(), steps=6)
 
 
 def test_seven_cuts_at_blocks():

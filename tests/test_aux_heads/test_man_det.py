@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from conftest import MMDET, batch_of, build_detector, build_wrapper, detector_config
+from conftest import (
+    MMDET,
+    batch_of,
+    build_detector,
+    build_wrapper,
+    check_local_losses_fall,
+    detector_config,
+)
 from mmengine.config import Config
 
 from man_mm.aux_heads.man_det import anchor_scale, dense_head, model_strides
@@ -56,13 +63,7 @@ def test_cuts_inside_a_stage(kind, mode):
 
 def test_local_losses_fall(kind):
     model = build_detector(detector_config(kind, 18))
-    wrapper = build_wrapper(model, optimizer=dict(type='AdamW', lr=1e-3))
-    batch, first = batch_of(), None
-    for _ in range(8):
-        model.train_step(batch, wrapper)
-        first = first or dict(wrapper.learner.losses)
-    for name, loss in wrapper.learner.losses.items():
-        assert loss < 0.9 * first[name]
+    check_local_losses_fall(model, batch_of(), steps=8)
 
 
 def test_heads_share_their_targets():

@@ -1,0 +1,28 @@
+"""The layers that light auxiliary heads are made of."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+
+def conv_block(
+    in_channels: int, channels: int, kernel: int, stride: int = 1
+) -> nn.Sequential:
+    """Convolution, GroupNorm and ReLU.
+
+    GroupNorm: local heads must not depend on how many images a GPU holds. Few groups:
+    the coarsest maps have one location, and a group must not vanish.
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the output.
+        kernel: Odd size of the kernel; padding keeps the size of the map.
+        stride: Stride. Default: 1.
+    """
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False),
+        nn.GroupNorm(math.gcd(8, channels), channels),
+        nn.ReLU(inplace=True),
+    )

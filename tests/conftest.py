@@ -1,4 +1,4 @@
-"""Small real detectors, and the batch that they train on."""
+"""Small real models, and the batches that they train on."""
 
 import copy
 from importlib.util import find_spec
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -117,3 +118,65 @@ def labelled_images(size: int = 4, side: int = 64, classes: int = 10):
     images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8)
     samples = [DataSample().set_gt_label(i % classes) for i in range(size)]
     return dict(inputs=list(images), data_samples=samples)
+
+
+RESTORERS = {
+    'edsr': dict(type='EDSRNet', mid_channels=8, num_blocks=8),
+    'srresnet': dict(type='MSRResNet', mid_channels=8, num_blocks=8),
+    'rrdb': dict(type='RRDBNet', mid_channels=8, num_blocks=4, growth_channels=4),
+    'rdn': dict(
+        type='RDNNet', mid_channels=8, num_blocks=8, num_layers=2, channel_growth=4
+    ),
+    'swinir': dict(
+        type='SwinIRNet',
+        img_size=16,
+        window_size=4,
+        embed_dim=12,
+        depths=[1, 2, 1, 1],
+        num_heads=[2] * 4,
+        mlp_ratio=2,
+        upsampler='pixelshuffle',
+    ),
+}
+
+
+def build_restorer(name: str, scale: int = 2, **kwargs):
+    """mmagic's super-resolution model, narrow; ``kwargs`` update its network."""
+    init_default_scope('mmagic')
+    torch.manual_seed(0)
+    sizes = dict(in_channels=3, out_channels=3, upscale_factor=scale)
+    if name == 'swinir':
+        sizes = dict(in_chans=3, upscale=scale)
+    model = MODELS.build(
+        dict(
+            type='BaseEditModel',
+            generator={**RESTORERS[name], **sizes, **kwargs},
+            pixel_loss=dict(type='L1Loss'),
+            data_preprocessor=dict(
+                type='DataPreprocessor', mean=[0.0] * 3, std=[255.0] * 3
+            ),
+        )
+    )
+    model.init_weights()
+    return model.train()
+
+
+def image_pairs(size: int = 2, side: int = 16, scale: int = 2, seed: int = 0):
+    """Smooth images, which can be learned, and the same ones ``scale`` times larger."""
+    from mmagic.structures import DataSample
+
+    rng = torch.Generator().manual_seed(seed)
+    coarse = 255 * torch.rand(size, 3, 4, 4, generator=rng)
+    large, small = (
+        F.interpolate(coarse, size=x, mode='bilinear').byte()
+        for x in (scale * side, side)
+    )
+    samples = [DataSample(gt_img=image) for image in large]
+    return dict(inputs=list(small), data_samples=samples)
+
+
+def train_restorer(model, wrapper, steps=2, start=0):
+    for step in range(start, start + steps):
+        torch.manual_seed(step)  # of the paths that SwinIR drops
+        logs = model.train_step(image_pairs(seed=step), wrapper)
+    return logs

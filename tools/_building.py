@@ -14,10 +14,12 @@ from mmengine.config import Config
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, OPTIMIZERS
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from man_mm.backbones import find_units
 from man_mm.core import LocalLearner
 from man_mm.core.micro_batches import slice_batch, slices_of
 
@@ -118,6 +120,8 @@ def build_scheme(
         ValueError: If config, batch or device do not allow the scheme.
     """
     cfg = scheme_config(cfg, scheme, shape, device)
+    if 'efficient' in scheme.options and 'backbone' not in cfg.model:
+        raise ValueError('efficient needs a backbone with batch norms.')
     if 'efficient' in scheme.options:
         cfg.model.backbone.pop('with_cp', None)  # such blocks cannot be traced
     try:
@@ -128,6 +132,9 @@ def build_scheme(
         raise ValueError(f'the backbone has no with_cp. {error}') from error
     if 'efficient' in scheme.options:
         _fold(model, scheme)
+    elif 'checkpointing' in scheme.options and 'backbone' not in cfg.model:
+        names = [unit.name for unit in find_units(model)]
+        turn_on_activation_checkpointing(model, names)
     head = str(cfg.optim_wrapper.get('local_learning', {}).get('aux_head'))
     amp = autocast_dtype(scheme)
     if amp is None or cfg.optim_wrapper.type == 'AmpOptimWrapper':

@@ -193,8 +193,10 @@ def scheme_config(
         raise ValueError(f'{shape[0]} images cannot be split into {parts} equal parts.')
     if 'accumulate' in options:
         wrapper.accumulative_counts = parts
-    if 'checkpointing' in options:
+    if 'checkpointing' in options and 'backbone' in cfg.model:
         cfg.model.backbone.with_cp = True
+    elif 'checkpointing' in options and scheme.base == LOCAL:
+        raise ValueError('the network has no with_cp: use recompute=NAME,NAME.')
     if scheme.base == LOCAL:
         _set_local(cfg, options, shape)
         return cfg

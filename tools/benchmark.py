@@ -57,7 +57,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from man_mm.backbones import find_units
+from man_mm.backbones import find_backbone, find_units
 from man_mm.core import Unit
 from man_mm.core.flops import count_flops
 from man_mm.core.memory import measure_memory
@@ -166,7 +166,9 @@ def stage_groups(units: Iterable[Unit], model: torch.nn.Module) -> dict[str, lis
         name = 'stem' if unit.stage < 0 else f'stage {unit.stage + 1}'
         parts = [model.get_submodule(part) for part in unit.parts]
         groups.setdefault(name, []).extend(parts)
-    return {**groups, 'backbone': [model.backbone], 'neck and heads': [model]}
+    place, backbone = find_backbone(model)
+    around = 'upsampler' if place == 'generator' else 'neck and heads'
+    return {**groups, 'backbone': [backbone], around: [model]}
 
 
 class References:

@@ -4,6 +4,7 @@ from .base import AuxHead, AuxSite, find_sites
 from .man import MANHead
 from .man_cls import MANClsHead
 from .man_det import MANDetHead
+from .man_sr import MANSRHead
 
 __all__ = [
     'AuxHead',
@@ -11,5 +12,6 @@ __all__ = [
     'MANClsHead',
     'MANDetHead',
     'MANHead',
+    'MANSRHead',
     'find_sites',
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from man_mm.backbones import Tap
 from man_mm.core import LocalModule, MemoryBank
-from man_mm.core.partition import stage_ends
+from man_mm.core.partition import outlets
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class AuxSite:
         earlier: Maps of earlier modules, readable through the memory bank.
         later: Ends of the stages that the module has not finished: the map sizes
             that an SLM (Simple Local Module) has to add.
+        entry: What enters the first unit: the image, or the shallow features of a
+            network with a global skip. In the bank of heads whose ``reads`` name it.
     """
 
     model: nn.Module
@@ -33,6 +35,7 @@ class AuxSite:
     own: tuple[Tap, ...]
     earlier: tuple[Tap, ...]
     later: tuple[Tap, ...]
+    entry: Tap
 
 
 class AuxHead(nn.Module, ABC):
@@ -68,14 +71,15 @@ class AuxHead(nn.Module, ABC):
 
 
 def find_sites(
-    model: nn.Module, modules: list[LocalModule], taps: list[Tap]
+    model: nn.Module, modules: list[LocalModule], entry: Tap, taps: list[Tap]
 ) -> list[AuxSite]:
     """Describes the places of the auxiliary heads of a partitioned model.
 
     Args:
         model: The whole model.
         modules: Its K modules.
-        taps: One tap a unit, from `man_mm.backbones.probe`.
+        entry: Tap of what enters the first unit, from `man_mm.backbones.probe`.
+        taps: One tap a unit, from there too.
 
     Returns:
         K - 1 sites, one for each module but the last.
@@ -89,13 +93,14 @@ def find_sites(
     ends.append(taps[-1])
     sites, earlier = [], []
     for module in modules[:-1]:
-        own = [by_name[name] for name in stage_ends(module)]
+        own = [by_name[name] for name in outlets(module)]
         finished = {tap.name for tap in (*own, *earlier)}
         later = [
             end
             for end in ends
             if end.stage >= own[-1].stage and end.name not in finished
         ]
-        sites.append(AuxSite(model, module, tuple(own), tuple(earlier), tuple(later)))
+        maps = (tuple(own), tuple(earlier), tuple(later))
+        sites.append(AuxSite(model, module, *maps, entry))
         earlier += own
     return sites

@@ -11,6 +11,7 @@ from torch import nn
 from .base import AuxHead, AuxSite
 from .man_cls import MANClsHead, is_classifier
 from .man_det import MANDetHead
+from .man_sr import MANSRHead, is_restorer
 
 
 @root.MODELS.register_module()
@@ -19,7 +20,7 @@ def MANHead(site: AuxSite, **options: Any) -> AuxHead:  # noqa: N802
 
     Args:
         site: Where the head sits.
-        **options: Passed to `MANDetHead` or `MANClsHead`.
+        **options: Passed to `MANDetHead`, `MANClsHead` or `MANSRHead`.
 
     Raises:
         ValueError: If there is no MAN head for models of this kind, or it does not
@@ -41,10 +42,13 @@ def _head_for(model: nn.Module) -> type[AuxHead]:
         return MANDetHead
     if is_classifier(model):
         return MANClsHead
+    if is_restorer(model):
+        return MANSRHead
     raise ValueError(
         f'aux_head.type=MANHead knows no auxiliary head for {type(model).__name__}; '
         'it serves one-stage and two-stage detectors (models with a bbox_head or an '
-        'rpn_head) and image classifiers (models whose head is a ClsHead of '
-        'mmpretrain). Register a man_mm.AuxHead of your own in '
+        'rpn_head), image classifiers (models whose head is a ClsHead of mmpretrain) '
+        'and super-resolution models (a BaseEditModel of mmagic with a pixel_loss). '
+        'Register a man_mm.AuxHead of your own in '
         'mmengine.registry.MODELS.'
     )

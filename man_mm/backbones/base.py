@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from man_mm.core import Unit
+from man_mm.core.learner import ENTRY
 
 UnitsFn = Callable[[nn.Module], list[Unit]]
 
@@ -21,7 +24,7 @@ class Tap:
     """A feature map that a unit outputs.
 
     Attributes:
-        name: Name of the unit.
+        name: Name of the unit, or ``'entry'`` for what enters the first one.
         stage: Index of its stage; -1 for a stem.
         channels: Number of channels C of its map ``(N, C, H, W)``.
         stride: Pixels of the input image to one step on the map.
@@ -48,10 +51,11 @@ def register_units(*class_names: str) -> Callable[[UnitsFn], UnitsFn]:
 
 
 def find_units(model: nn.Module) -> list[Unit]:
-    """Lists the units of ``model.backbone`` in the order in which they run.
+    """Lists the units of a model's backbone in the order in which they run.
 
     Args:
-        model: A model of mmdet or mmpretrain, or any module with a ``backbone``.
+        model: A model of mmdet, mmpretrain or mmagic, or any module with a
+            ``backbone`` or a ``generator``.
 
     Returns:
         Units whose names are relative to ``model``.
@@ -59,89 +63,138 @@ def find_units(model: nn.Module) -> list[Unit]:
     Raises:
         ValueError: If the model has no backbone, or one that is not supported.
     """
-    backbone = getattr(model, 'backbone', None)
     supported = ', '.join(sorted(_ADAPTERS))
-    if backbone is None:
-        raise ValueError(
-            f'{type(model).__name__} has no backbone to cut. Supported backbones: '
-            f'{supported}.'
-        )
+    try:
+        place, backbone = find_backbone(model)
+    except ValueError as error:
+        raise ValueError(f'{error} Supported backbones: {supported}.') from None
     names = [cls.__name__ for cls in type(backbone).__mro__]
     if any(name in _SEVERAL_PATHS for name in names):
         raise ValueError(
-            f'model.backbone is a {names[0]}, which runs on several paths and cannot '
+            f'model.{place} is a {names[0]}, which runs on several paths and cannot '
             f'be cut into modules. Supported backbones: {supported}.'
         )
     for name in names:
         if name in _ADAPTERS:
             return [
-                Unit(
-                    f'backbone.{unit.name}',
-                    unit.stage,
-                    tuple(f'backbone.{part}' for part in unit.parts),
+                replace(
+                    unit,
+                    name=f'{place}.{unit.name}',
+                    parts=tuple(f'{place}.{part}' for part in unit.parts),
                 )
                 for unit in _ADAPTERS[name](backbone)
             ]
     raise ValueError(
-        f'model.backbone is a {names[0]}, which local learning cannot cut yet. '
+        f'model.{place} is a {names[0]}, which local learning cannot cut yet. '
         f'Supported backbones: {supported}; write an adapter with '
         'man_mm.backbones.register_units to add one.'
     )
 
 
-@torch.no_grad()
-def probe(model: nn.Module, units: Sequence[Unit], size: int = 64) -> list[Tap]:
+def find_backbone(model: nn.Module) -> tuple[str, nn.Module]:
+    """The network that is cut into units, and its name in the model.
+
+    Args:
+        model: A model of mmdet, mmpretrain or mmagic.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for place in ('backbone', 'generator'):
+        if isinstance(backbone := getattr(model, place, None), nn.Module):
+            return place, backbone
+    raise ValueError(f'{type(model).__name__} has no backbone to cut.')
+
+
+def probe(
+    model: nn.Module, units: Sequence[Unit], size: int = 64
+) -> tuple[Tap, list[Tap]]:
     """Runs the backbone once on a black image to learn the shape of every unit's map.
 
     It also proves that the units lie on one path: each one has to run once, and to
     receive exactly the tensor that the one before it returned.
 
     Args:
-        model: Model with a ``backbone``; left as it was, modes and buffers included.
+        model: Model with a backbone; left as it was, modes and buffers included.
         units: Its units, from `find_units`.
         size: Height and width of the image in pixels.
 
     Returns:
-        One tap a unit.
+        A tap of what enters the first unit, and one tap a unit.
 
     Raises:
         ValueError: If the units are not on a single path.
     """
-    backbone = model.backbone
-    inputs: dict[str, list] = {unit.name: [] for unit in units}
-    outputs: dict[str, list] = {unit.name: [] for unit in units}
-    handles = []
+    _, backbone = find_backbone(model)
+    calls: dict[str, list[tuple[tuple, Any]]] = {unit.name: [] for unit in units}
+    entered: list[Tensor] = []
+    first = model.get_submodule(units[0].parts[0])
+    handles = [first.register_forward_pre_hook(lambda _, args: entered.append(args[0]))]
     for unit in units:
 
         def record(_m, args, output, name=unit.name):
-            inputs[name].append(args[0])
-            outputs[name].append(output)
+            calls[name].append((args, output))
 
         handles.append(model.get_submodule(unit.name).register_forward_hook(record))
-    modes = {module: module.training for module in backbone.modules()}
-    first = next(backbone.parameters())
-    convs = (m for m in backbone.modules() if isinstance(m, nn.Conv2d))
     try:
-        backbone.eval()
-        backbone(first.new_zeros(1, next(convs).in_channels, size, size))
+        with _evaluating(backbone):
+            backbone(_black(backbone, size))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
 
+    def tap(name: str, stage: int, map_: Tensor) -> Tap:
+        return Tap(name, stage, map_.shape[1], size // map_.shape[3])
+
+    taps: list[Tap] = []
     previous = None
     for unit in units:
-        once = len(outputs[unit.name]) == 1
-        chained = previous is None or (once and inputs[unit.name][0] is previous)
-        if not (once and chained and isinstance(outputs[unit.name][0], torch.Tensor)):
+        runs = calls[unit.name]
+        chained = len(runs) == 1 and (not taps or runs[0][0][0] is previous)
+        if not (chained and isinstance(runs[0][1], Tensor)):
             raise ValueError(
                 f'{type(backbone).__name__} cannot be cut around {unit.name!r}: it is '
                 'not on a single path from the image to the output.'
             )
-        previous = outputs[unit.name][0]
-    shapes = {unit.name: outputs[unit.name][0].shape for unit in units}
-    return [
-        Tap(unit.name, unit.stage, shapes[unit.name][1], size // shapes[unit.name][3])
-        for unit in units
-    ]
+        args, previous = runs[0]
+        map_ = unit.as_map(previous, args) if unit.as_map else previous
+        taps.append(tap(unit.name, unit.stage, map_))
+    return tap(ENTRY, -1, entered[0]), taps
+
+
+def find_scale(backbone: nn.Module, size: int = 16) -> int:
+    """How many times larger the image is that a super-resolution network returns.
+
+    Args:
+        backbone: A network that returns an image.
+        size: Height and width in pixels of the image that it is tried with.
+    """
+    with _evaluating(backbone):
+        return backbone(_black(backbone, size)).shape[-1] // size
+
+
+def image_channels(backbone: nn.Module) -> int:
+    """Channels of the images that a network takes."""
+    convs = (m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    channels = next(convs).in_channels
+    # Networks that restore images return what they take, but the first convolution of
+    # some sees more channels, as space is folded into them.
+    last = getattr(backbone, 'conv_last', None)
+    return channels if last is None else min(channels, last.out_channels)
+
+
+@contextmanager
+def _evaluating(backbone: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _black(backbone: nn.Module, size: int) -> Tensor:
+    like = next(backbone.parameters())
+    return like.new_zeros(1, image_channels(backbone), size, size)

@@ -53,7 +53,8 @@ def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
 
 def checkpoints_itself(submodule: nn.Module) -> bool:
     """Whether blocks of OpenMMLab in it are told to checkpoint themselves."""
-    return any(getattr(m, 'with_cp', False) for m in submodule.modules())
+    options = ('with_cp', 'use_checkpoint')
+    return any(getattr(m, o, False) for m in submodule.modules() for o in options)
 
 
 def require_grad(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .checkpointing import require_grad
 from .learner import Backward, LocalLearner
 from .memory import _StorageTracker, tensor_bytes
 from .memory_split import MemorySplit
-from .partition import LocalModule, ends_of_stages, stage_ends
+from .partition import LocalModule, ends_of_stages, outlets
 from .patches import Forward
 from .peaks import UnitCost
 
@@ -154,7 +154,7 @@ class _Recorder:
 
     def _head(self, module: LocalModule, maps: Mapping[str, Tensor]) -> None:
         self.marks[module.index].append(self.timeline.mark())
-        sizes = {name: maps[name].nbytes for name in stage_ends(module) if name in maps}
+        sizes = {name: maps[name].nbytes for name in outlets(module) if name in maps}
         self.outputs[module.index].append(sizes)
         maps[module.cut].register_hook(
             lambda _grad: self.marks[module.index].append(self.timeline.mark())
@@ -249,4 +249,4 @@ def _with_input_grads(learner: LocalLearner) -> Iterator[None]:
 
 
 def _with_input_grad(forward: Forward) -> Forward:
-    return lambda x: forward(require_grad(x))
+    return lambda x, *args: forward(require_grad(x), *args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -26,11 +26,13 @@ from .micro_batches import (
     slices_of,
     write_slices,
 )
-from .partition import LocalModule, ends_of_stages, stage_ends
+from .partition import LocalModule, Unit, branches, outlets
 from .patches import Wrap, patched
 
 Losses = Tensor | Mapping[str, Any]
 Backward = Callable[[Tensor, LocalModule, bool], None]
+
+ENTRY = 'entry'
 
 
 class LocalLearner:
@@ -41,6 +43,10 @@ class LocalLearner:
     back-propagated through head and module, and the next module receives the
     detached output (the *boundary*). The last module has no head: the caller
     back-propagates the network's own loss, which stops at the last boundary.
+
+    A network with a global skip has layers in front of its first unit, whose output
+    both the first module and the last one read. They get the exact sum of both
+    gradients, in the backward pass of the network's own loss.
 
     With ``micro_batch_size``, forward and backward of a module run on some images at
     a time, between boundaries that stay whole: activations no longer grow with the
@@ -59,7 +65,8 @@ class LocalLearner:
             dictionary in which every key that contains ``loss`` is a term. Two
             attributes save memory: ``reads``, the names of all earlier maps that it
             looks up (others may be freed), and ``reads_averages``, if averages
-            ``(N, C, 1, 1)`` of these will do.
+            ``(N, C, 1, 1)`` of these will do. What enters the first unit is in the
+            bank if ``reads`` names it, as ``'entry'``.
         bank: Memory bank, or None for heads that see their own module only.
         patches: Submodules of network or heads, each with a wrapper for its forward
             function that is in place during a step only.
@@ -72,8 +79,9 @@ class LocalLearner:
         bank_bytes: Most bytes that the bank held in the latest step.
 
     Raises:
-        ValueError: If the numbers of modules and heads do not match, or
-            ``micro_batch_size`` is less than 1.
+        ValueError: If the numbers of modules and heads do not match, if
+            ``micro_batch_size`` is less than 1, or if units output something else
+            than maps and cannot run on slices.
     """
 
     def __init__(
@@ -94,6 +102,12 @@ class LocalLearner:
             raise ValueError(
                 f'micro_batch_size must be at least 1 image, got {micro_batch_size}.'
             )
+        units = [unit for module in modules for unit in module.units]
+        if micro_batch_size is not None and any(unit.as_map for unit in units):
+            raise ValueError(
+                'micro_batch_size needs units that take nothing but a map, and '
+                f'{units[0].name!r} takes more: remove micro_batch_size.'
+            )
         self.model = model
         self.modules = tuple(modules)
         self.heads = nn.ModuleList(heads)
@@ -104,6 +118,7 @@ class LocalLearner:
         self.losses: dict[str, Tensor] = {}
         self.bank_bytes = 0
         self._own: Maps = {}
+        self._outputs: Maps = {}
         self._shared: dict[int, dict] = {}
 
     def params(self, module: LocalModule) -> list[nn.Parameter]:
@@ -148,12 +163,16 @@ class LocalLearner:
     def _forget(self) -> None:
         self.targets = None
         self._own.clear()
+        self._outputs.clear()
         self._shared.clear()
         if self.bank is not None:
             self.bank.clear()
 
     def _arm(self, module: LocalModule, backward: Backward, stack: ExitStack) -> None:
         parts = {part: self.model.get_submodule(part) for part in module.parts}
+        if module.index == 0:
+            start = next(iter(parts.values()))
+            stack.callback(start.register_forward_pre_hook(self._enter).remove)
         # The boundary does not require grad, which some blocks ask of their input.
         needs_grad = module.index > 0 and any(map(checkpoints_itself, parts.values()))
         if self.micro_batch_size is not None:
@@ -166,39 +185,56 @@ class LocalLearner:
             hook = start.register_forward_pre_hook(_require_grad)
             stack.callback(hook.remove)
 
+    def _enter(self, _submodule: nn.Module, args: tuple) -> tuple:
+        x, *others = args
+        if self.bank is not None and any(ENTRY in _reads(head) for head in self.heads):
+            self.bank.store(ENTRY, x)
+        if x.requires_grad:
+            # What is in front is back-propagated once, through the global skip.
+            leaf = x.detach().requires_grad_()
+            x.register_hook(lambda g: g if leaf.grad is None else g + leaf.grad)
+            x = leaf
+        return x, *others
+
     def _arm_hooks(
         self, module: LocalModule, backward: Backward, stack: ExitStack
     ) -> None:
-        for unit, following in ends_of_stages(module.units):
+        for unit, following in branches(module):
             end = self.model.get_submodule(unit.name)
             start = self.model.get_submodule(following.parts[0])
-            branch, rejoin = self._branch(unit.name), self._rejoin(unit.name)
+            branch, rejoin = self._branch(unit), self._rejoin(unit)
             stack.callback(end.register_forward_hook(branch).remove)
             stack.callback(start.register_forward_pre_hook(rejoin).remove)
 
-        def cut(_submodule: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        def cut(_submodule: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            self._keep_map(module.units[-1], args, output)
+            self._outputs.clear()
             return self._cut(module, backward, output)
 
         end = self.model.get_submodule(module.cut)
         stack.callback(end.register_forward_hook(cut).remove)
 
-    def _branch(self, name: str):
-        # Necks read the end of a stage: they get it detached, since its graph is
-        # gone when they are back-propagated. The next unit gets it back with graph.
-        def hook(_submodule: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-            self._own[name] = output
+    def _branch(self, unit: Unit):
+        # Other readers, such as necks, get it detached, since its graph is gone when
+        # they are back-propagated. The next unit gets it back with graph.
+        def hook(_submodule: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            self._outputs[unit.name] = output
+            self._keep_map(unit, args, output)
             return output.detach()
 
         return hook
 
-    def _rejoin(self, name: str):
-        def hook(_submodule: nn.Module, _args: tuple) -> Tensor:
-            return self._own[name]
+    def _rejoin(self, unit: Unit):
+        def hook(_submodule: nn.Module, args: tuple) -> tuple:
+            return self._outputs.pop(unit.name), *args[1:]
 
         return hook
 
+    def _keep_map(self, unit: Unit, args: tuple, output: Tensor) -> None:
+        is_map = unit.as_map is None or not isinstance(output, Tensor)
+        self._own[unit.name] = output if is_map else unit.as_map(output, args)
+
     def _cut(self, module: LocalModule, backward: Backward, output: Tensor) -> Tensor:
-        self._own[module.cut] = output
         loss = self._train(module, self._own, backward)
         self._pass_on(module, self._own, loss)
         self._own.clear()
@@ -232,7 +268,7 @@ class LocalLearner:
             return join_slices([run(some) for _, some in slices(x)])
 
         run = recompute if module.is_last else train
-        micro_batches = MicroBatches(list(parts), stage_ends(module), run)
+        micro_batches = MicroBatches(list(parts), outlets(module), run)
         for name, part in parts.items():
             stack.enter_context(patched(part, partial(micro_batches.wrap, name)))
 
@@ -314,6 +350,10 @@ def total_loss(losses: Losses) -> Tensor:
     terms = [value for name, value in losses.items() if 'loss' in name]
     terms = [term if isinstance(term, list | tuple) else [term] for term in terms]
     return sum(value.mean() for term in terms for value in term)
+
+
+def _reads(head: nn.Module) -> Collection[str]:
+    return getattr(head, 'reads', None) or ()
 
 
 def _require_grad(_submodule: nn.Module, args: tuple) -> tuple:

@@ -18,8 +18,9 @@ Chain = Callable[[Tensor], Maps]
 class MicroBatches:
     """Runs a chain of submodules when the network calls the first of them.
 
-    The others then hand on what they get, and the ends of stages what the chain has
-    put together, so the network's own forward function never notices.
+    The others then hand on what they get, and the outlets what the chain has put
+    together, so the network's own forward function never notices. A part that the
+    network uses again after the last one, such as an activation, runs as ever.
 
     Args:
         parts: Names of submodules; each takes the output of the one before it.
@@ -40,6 +41,7 @@ class MicroBatches:
         self._run = run
         self._forwards: dict[str, Forward] = {}
         self._outputs: Maps = {}
+        self._awaited = 0
 
     def wrap(self, name: str, forward: Forward) -> Forward:
         """The forward function of a part during a step."""
@@ -56,8 +58,11 @@ class MicroBatches:
         return outputs
 
     def _call(self, name: str, x: Tensor) -> Tensor:
-        if name == self.parts[0]:
+        if name != self.parts[self._awaited]:
+            return self._forwards[name](x)
+        if self._awaited == 0:
             self._outputs = self._run(self.chain, x)
+        self._awaited = (self._awaited + 1) % len(self.parts)
         return self._outputs.pop(name, x)
 
 
@@ -97,6 +102,13 @@ def slice_batch(targets: Any, images: slice, count: int) -> Any:
         return {
             key: slice_batch(value, images, count) for key, value in targets.items()
         }
+    if (
+        len(targets) == count
+        and hasattr(targets, 'split')
+        and hasattr(targets, 'stack')
+    ):
+        # A data sample of mmagic, which has no index.
+        return targets.stack(targets.split(allow_nonseq_value=True)[images])
     if not hasattr(targets, '__getitem__') or len(targets) != count:
         raise ValueError(
             f'micro_batch_size cannot slice targets of type {type(targets).__name__}: '

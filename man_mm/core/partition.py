@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .plan import Measure
@@ -22,11 +22,18 @@ class Unit:
             ``'backbone.layer3.5'``; also the name of the cut after it.
         stage: Index of the stage that the unit belongs to; -1 for a stem.
         parts: Dotted names of all submodules that the unit consists of.
+        read_elsewhere: Whether the network reads the output in another place too,
+            beside the next unit (and the neck, which reads the ends of stages).
+        as_map: From the output and the arguments of the submodule ``name`` to a map
+            ``(N, C, H, W)`` without a copy, for units that output something else,
+            such as tokens.
     """
 
     name: str
     stage: int = 0
     parts: tuple[str, ...] = ()
+    read_elsewhere: bool = False
+    as_map: Callable[[Tensor, tuple], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -75,9 +82,16 @@ def ends_of_stages(units: Sequence[Unit]) -> list[tuple[Unit, Unit]]:
     ]
 
 
-def stage_ends(module: LocalModule) -> list[str]:
-    """Names of the units whose maps heads may read: stage ends, and the cut."""
-    return [*(unit.name for unit, _ in ends_of_stages(module.units)), module.cut]
+def branches(module: LocalModule) -> list[tuple[Unit, Unit]]:
+    """Units inside a module that not only the next unit reads, each with that one."""
+    ends = ends_of_stages(module.units)
+    pairs = zip(module.units, module.units[1:], strict=False)
+    return [pair for pair in pairs if pair in ends or pair[0].read_elsewhere]
+
+
+def outlets(module: LocalModule) -> list[str]:
+    """Names of the units whose maps heads may read: the branches, and the cut."""
+    return [*(unit.name for unit, _ in branches(module)), module.cut]
 
 
 class StagePartition:

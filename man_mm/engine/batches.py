@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from man_mm.aux_heads.man_cls import is_classifier
 from man_mm.aux_heads.man_det import num_classes
+from man_mm.aux_heads.man_sr import is_restorer
+from man_mm.backbones import find_backbone, find_scale
 
 _OBJECTS = 8
 
@@ -20,7 +22,8 @@ def synthetic_batch(model: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
     Detectors get 8 objects an image, with masks if they predict masks.
 
     Args:
-        model: A detector of mmdet or a classifier of mmpretrain.
+        model: A detector of mmdet, a classifier of mmpretrain or a super-resolution
+            model of mmagic.
         shape: Shape ``(N, C, H, W)`` of the images, before padding.
 
     Returns:
@@ -43,14 +46,28 @@ def synthetic_batch(model: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
     if is_classifier(model):
         from mmpretrain.structures import DataSample
 
-        rng = torch.Generator().manual_seed(0)
-        images = torch.randint(256, (count, *image), generator=rng, dtype=torch.uint8)
+        images = _images(shape)
         samples = [
             DataSample().set_gt_label(index % model.head.num_classes)
             for index in range(count)
         ]
         return dict(inputs=list(images), data_samples=samples)
+    if is_restorer(model):
+        from mmagic.structures import DataSample
+
+        scale = find_scale(find_backbone(model)[1])
+        channels, height, width = image
+        small = _images(shape)
+        large = _images((count, channels, scale * height, scale * width))
+        samples = [DataSample(gt_img=x) for x in large]
+        return dict(inputs=list(small), data_samples=samples)
     raise ValueError(
         f'There are no synthetic batches for a {type(model).__name__}, only for '
-        'detectors with a bbox_head or an rpn_head and for image classifiers.'
+        'detectors with a bbox_head or an rpn_head, for image classifiers and for '
+        'super-resolution models with a pixel_loss.'
     )
+
+
+def _images(shape: Sequence[int]) -> Tensor:
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(256, tuple(shape), generator=rng, dtype=torch.uint8)

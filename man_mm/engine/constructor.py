@@ -69,7 +69,8 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg: Its ``paramwise_cfg``; applies to the heads too.
 
     Raises:
-        ValueError: If a key is unknown or another wrapper type is configured.
+        ValueError: If a key is unknown, another wrapper type is configured, or there is
+            no optimizer or several.
     """
 
     def __init__(
@@ -87,6 +88,11 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for key in ('partition', 'aux_head'):
             self.options[key] = {**_DEFAULTS[key], **self.options[key]}
         wrapper = optim_wrapper_cfg.setdefault('type', LocalLearningOptimWrapper)
+        if 'optimizer' not in optim_wrapper_cfg:
+            raise ValueError(
+                'optim_wrapper has no optimizer. Local learning trains models with one '
+                'optimizer; those with several, such as GANs, are not supported.'
+            )
         check_wrapper_type(wrapper if isinstance(wrapper, str) else wrapper.__name__)
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
@@ -175,10 +181,10 @@ def build_learner(
     print_log(f'Local learning: K = {len(modules)}, cut after {ends}.', 'current')
     heads = []
     if len(modules) > 1:
-        taps = probe(model, units)
+        entry, taps = probe(model, units)
         like = next(model.parameters())
         with torch.random.fork_rng():
-            for site in find_sites(model, modules, taps):
+            for site in find_sites(model, modules, entry, taps):
                 config = dict(copy.deepcopy(aux_head), site=site)
                 heads.append(root.MODELS.build(config).to(like))
     patches = loss_patches(model, *heads)

@@ -149,7 +149,8 @@ def check_taps(model, units, taps, size=96):
 
 def test_channels_and_strides_are_those_of_a_forward_pass(model):
     units = find_units(model)
-    taps = probe(model, units)
+    entry, taps = probe(model, units)
+    assert entry == Tap('entry', -1, 3, 1)
     check_taps(model, units, taps)
     for change in (dict(stride=taps[3].stride * 2), dict(channels=1), dict(stage=7)):
         wrong = [*taps[:3], dataclasses.replace(taps[3], **change), *taps[4:]]
@@ -160,7 +161,7 @@ def test_channels_and_strides_are_those_of_a_forward_pass(model):
 def test_known_strides():
     # By hand, in case that both sides of the comparison are wrong alike.
     model = build('mmdet', 'ResNet', depth=18, **NARROW)
-    taps = probe(model, find_units(model))
+    _, taps = probe(model, find_units(model))
     assert [tap.name for tap in taps[:3]] == [
         'backbone.maxpool',
         'backbone.layer1.0',
@@ -169,7 +170,7 @@ def test_known_strides():
     assert [tap.stride for tap in taps] == [4, 4, 4, 8, 8, 16, 16, 32, 32]
     assert [tap.channels for tap in taps] == [8, 8, 8, 16, 16, 32, 32, 64, 64]
     cifar = build('mmpretrain', 'ResNet_CIFAR', depth=18, **NARROW_STEM)
-    taps = probe(cifar, find_units(cifar))
+    _, taps = probe(cifar, find_units(cifar))
     assert [tap.stride for tap in taps] == [1, 1, 1, 2, 2, 4, 4, 8, 8]
 
 
@@ -308,7 +309,8 @@ def test_what_is_no_chain_is_refused_by_the_probe(kind, unit):
     message = f"{kind.__name__} cannot be cut around 'backbone.{unit}'.*single path"
     with pytest.raises(ValueError, match=message):
         probe(model, units)
-    assert len(probe(plain(), units)) == 5  # the same modules as a chain
+    _, taps = probe(plain(), units)
+    assert len(taps) == 5  # the same modules as a chain
 
 
 def state_of(model):
@@ -381,10 +383,9 @@ def test_a_family_can_be_added(monkeypatch):
 
     units = find_units(model)
     assert units == [Unit('backbone.0', 0), Unit('backbone.1', 1)]
-    assert probe(model, units) == [
-        Tap('backbone.0', 0, 2, 1),
-        Tap('backbone.1', 1, 3, 2),
-    ]
+    entry, taps = probe(model, units)
+    assert entry == Tap('entry', -1, 1, 1)
+    assert taps == [Tap('backbone.0', 0, 2, 1), Tap('backbone.1', 1, 3, 2)]
 
 
 # A stock backbone trains.

@@ -45,6 +45,49 @@ def build_model(depth):
     return nn.Sequential(OrderedDict(**stages, classifier=pool))
 
 
+class GlobalSkip(nn.Module):
+    """A front layer, stages, and a classifier that reads both; in float64."""
+
+    def __init__(self, depth=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.front = nn.Conv2d(2, WIDTH, 3, padding=1)
+        self.body = nn.Sequential(*(stage(WIDTH) for _ in range(depth)))
+        self.classifier = nn.Linear(WIDTH, 3)
+        self.double()
+
+    def forward(self, x):
+        shallow = self.front(x)
+        return self.tail(self.body(shallow), shallow)
+
+    def tail(self, x, shallow):
+        return self.classifier((x + shallow).mean((2, 3)))
+
+
+class EntryHead(PooledHead):
+    """Reads its own map and what enters the first unit."""
+
+    reads = frozenset(['entry'])
+
+    def __init__(self):
+        super().__init__(2)
+
+    def forward(self, maps, targets, bank):
+        *_, own = maps.values()
+        return super().forward({'entry': maps['entry'], 'own': own}, targets, bank)
+
+
+def build_global_skip(depth=3, kind=LocalLearner, bank=None, **kwargs):
+    """With heads that read what enters the first unit, if there is a bank."""
+    model = GlobalSkip(depth)
+    units = [Unit(f'body.{i}', i) for i in range(depth)]
+    modules = split(model, units, [unit.name for unit in units[:-1]])
+    torch.manual_seed(1)
+    head = PooledHead if bank is None else EntryHead
+    heads = [head().double() for _ in range(depth - 1)]
+    return kind(model, modules, heads, bank, **kwargs)
+
+
 def build(depth, cuts=None, bank=None, model=None, kind=LocalLearner):
     model = model or build_model(depth)
     units = [Unit(f'stage{i + 1}', i) for i in range(depth)]

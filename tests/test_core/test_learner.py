@@ -26,7 +26,8 @@ from networks import (
 from torch import nn
 
 from man_mm.core import LocalLearner, MemoryBank
-from man_mm.core.learner import stage_ends, total_loss
+from man_mm.core.learner import total_loss
+from man_mm.core.partition import outlets
 
 torch.set_num_threads(1)
 
@@ -264,7 +265,7 @@ def test_heads_read_the_ends_of_all_stages_inside_a_module():
     bank = MemoryBank()
     learner = build(4, ['stage2'], bank)
     learner.heads = nn.ModuleList([PooledHead(2)])
-    assert stage_ends(learner.modules[0]) == ['stage1', 'stage2']
+    assert outlets(learner.modules[0]) == ['stage1', 'stage2']
     with learner.step(LABELS, retain):
         model_loss(learner.model)
     grads = [p.grad for p in learner.params(learner.modules[0])]

@@ -1,14 +1,24 @@
 """Modules that run on slices of the batch."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import LABELS, PooledHead, all_params, build, count_hooks
+from networks import (
+    LABELS,
+    WIDTH,
+    EntryHead,
+    PooledHead,
+    all_params,
+    build,
+    count_hooks,
+)
 from torch import nn
 
-from man_mm.core import LocalLearner, MemoryBank, Unit, split
+from man_mm.core import LocalLearner, MemoryBank, StagePartition, Unit, split
 from man_mm.core.memory import measure_memory
 from man_mm.core.micro_batches import slice_batch, slices_of
 
@@ -180,3 +190,88 @@ def test_targets_are_sliced():
     for wrong in (['a', 'b'], 3):
         with pytest.raises(ValueError, match='one entry for each of the 3 images'):
             slice_batch(wrong, part, 3)
+
+
+class Restorer(nn.Module):
+    """Units of several parts, one of which writes in place and runs again at the end.
+
+    All blocks are read behind the body too, as is what is in front of it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.front, self.act = conv(2), nn.LeakyReLU(0.2, inplace=True)
+        self.stem, self.tail = conv(WIDTH), conv(5 * WIDTH)
+        self.body = nn.ModuleList(conv(WIDTH) for _ in range(4))
+        self.classifier = nn.Linear(WIDTH, 3)
+        self.double()
+
+    def forward(self, x):
+        maps = [self.front(x)]
+        x = self.act(self.stem(maps[0]))
+        for block in self.body:
+            maps.append(x := block(x))
+        x = self.act(self.tail(torch.cat(maps, 1)))
+        return self.classifier(x.mean((2, 3)))
+
+
+def conv(channels):
+    return nn.Conv2d(channels, WIDTH, 3, padding=1)
+
+
+def build_restorer(size, bank=None, per_module=2):
+    model = Restorer()
+    units = [Unit(f'body.{i}', i // per_module, read_elsewhere=True) for i in range(4)]
+    units[0] = dataclasses.replace(units[0], parts=('stem', 'act', 'body.0'))
+    modules = split(model, units, StagePartition().cuts(units))
+    torch.manual_seed(1)
+    heads = [
+        (PooledHead(per_module) if bank is None else EntryHead()).double()
+        for _ in modules[1:]
+    ]
+    return LocalLearner(model, modules, heads, bank, micro_batch_size=size)
+
+
+@pytest.mark.parametrize('per_module', [1, 2])
+@pytest.mark.parametrize('bank', [None, MemoryBank])
+@pytest.mark.parametrize('size', [1, 3])
+def test_networks_with_a_global_skip(size, bank, per_module):
+    whole, sliced = (
+        train(build_restorer(s, bank and bank(), per_module)) for s in (None, size)
+    )
+    check_equal(whole, sliced)
+    before = build_restorer(None).model.front.weight
+    assert not torch.equal(before, whole.model.front.weight)
+    assert count_hooks(sliced.model) == 0
+    assert not any('forward' in vars(m) for m in sliced.model.modules())
+
+
+def test_a_global_skip_whose_slices_do_not_add_up_is_found():
+    class Overwriting(LocalLearner):
+        def _train(self, *args):
+            for x in self.entered:
+                x.grad = None  # of the slices before
+            return super()._train(*args)
+
+        def _enter(self, submodule, args):
+            args = super()._enter(submodule, args)
+            self.entered = [args[0]]
+            return args
+
+    learners = [build_restorer(size) for size in (None, 1)]
+    learners[1].__class__ = Overwriting
+    with pytest.raises(AssertionError):
+        check_equal(*map(train, learners))
+
+
+def test_units_that_take_more_than_a_map_are_refused():
+    learner = build(2)
+    units = [
+        dataclasses.replace(module.units[0], as_map=lambda tokens, args: tokens)
+        for module in learner.modules
+    ]
+    modules = split(learner.model, units, [units[0].name])
+    LocalLearner(learner.model, modules, learner.heads)
+    with pytest.raises(ValueError, match='micro_batch_size .* takes more: remove'):
+        LocalLearner(learner.model, modules, learner.heads, micro_batch_size=1)

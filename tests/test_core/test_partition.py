@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from man_mm.core import CutPartition, StagePartition, Unit, split
+from man_mm.core.partition import branches, outlets
 
 torch.set_num_threads(1)
 
@@ -269,3 +270,23 @@ def test_cut_partition_keeps_any_valid_cuts(positions):
 def test_wrong_cuts_are_explained(cuts, message):
     with pytest.raises(ValueError, match=rf'^partition\.cuts .*{message}'):
         CutPartition(cuts).cuts(UNITS)
+
+
+def test_heads_may_read_branches_and_the_cut():
+    def chain(read_elsewhere=()):
+        layers = [nn.Linear(2, 2) for _ in range(6)]
+        units = [
+            Unit(str(i), stage, read_elsewhere=i in read_elsewhere)
+            for i, stage in enumerate([-1, 0, 0, 1, 1, 2])
+        ]
+        return split(nn.Sequential(*layers), units, ['4'])
+
+    first, last = chain()
+    assert outlets(first) == ['2', '4'] and outlets(last) == ['5']  # ends of stages
+    (pair,) = branches(first)
+    assert [unit.name for unit in pair] == ['2', '3']
+    # Read elsewhere too: each is listed once, in the order in which they run.
+    first, last = chain(read_elsewhere=[1, 2, 4, 5])
+    assert outlets(first) == ['1', '2', '4'] and outlets(last) == ['5']
+    assert [(a.name, b.name) for a, b in branches(first)] == [('1', '2'), ('2', '3')]
+    assert branches(last) == []

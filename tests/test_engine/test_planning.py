@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import (
     MMDET,
+    RESTORERS,
     build_classifier,
     build_detector,
+    build_restorer,
     build_wrapper,
     detector_config,
 )
@@ -30,6 +32,7 @@ torch.set_num_threads(1)
 
 IMAGES = (2, 3, 96, 128)
 PHOTOS = (8, 3, 64, 64)
+SMALL = (2, 3, 16, 16)
 HEAD = dict(type='MANHead')
 
 
@@ -76,6 +79,7 @@ MODELS = {
     'retinanet_r50': (lambda: thin_detector('retinanet', 50, frozen=1), IMAGES),
     'faster_rcnn_r18': (lambda: thin_detector('faster_rcnn', 18), IMAGES),
     'resnet50': (lambda: build_classifier(50), PHOTOS),
+    **{name: (partial(build_restorer, name), SMALL) for name in RESTORERS},
 }
 
 
@@ -214,14 +218,18 @@ def test_the_model_is_left_as_it_was():
     assert measure(model, IMAGES) == costs
 
 
-def test_balanced_partition_in_a_config():
-    model = build_classifier(50)
-    two = dict(type='BalancedPartition', num_modules=2, input_shape=PHOTOS)
-    wrapper = build_wrapper(model, partition=two)
-    assert len(wrapper.learner.modules) == 2
-    (cut,) = plan_modules(measure(model, PHOTOS), 2).cuts
-    assert wrapper.learner.modules[0].cut == cut
-    logs = model.train_step(synthetic_batch(model, PHOTOS), wrapper)
+@pytest.mark.parametrize(('name', 'num_modules'), [('resnet50', 2), ('edsr', 3)])
+def test_balanced_partition_in_a_config(name, num_modules):
+    build, shape = MODELS[name]
+    model = build()
+    partition = dict(
+        type='BalancedPartition', num_modules=num_modules, input_shape=shape
+    )
+    wrapper = build_wrapper(model, partition=partition)
+    assert len(wrapper.learner.modules) == num_modules
+    cuts = plan_modules(measure(model, shape), num_modules).cuts
+    assert [module.cut for module in wrapper.learner.modules[:-1]] == list(cuts)
+    logs = model.train_step(synthetic_batch(model, shape), wrapper)
     assert torch.isfinite(logs['loss'])
 
 
@@ -267,6 +275,17 @@ def test_batches_have_masks_where_they_are_needed():
     for sample in batch['data_samples']:
         assert len(sample.gt_instances) == 8
         assert sample.gt_instances.masks.masks.shape == (8, 64, 96)
+
+
+@pytest.mark.parametrize('scale', [2, 3])
+def test_batches_of_restorers_have_targets_of_their_scale(scale):
+    model = build_restorer('edsr', scale)
+    batch, again = (synthetic_batch(model, (2, 3, 8, 12)) for _ in range(2))
+    assert [image.shape for image in batch['inputs']] == [(3, 8, 12)] * 2
+    targets = [sample.gt_img for sample in batch['data_samples']]
+    assert [x.shape for x in targets] == [(3, 8 * scale, 12 * scale)] * 2
+    assert all(map(torch.equal, batch['inputs'], again['inputs']))
+    assert not torch.equal(*targets)
 
 
 def test_batches_of_other_models_are_refused():

@@ -1,11 +1,20 @@
 """A resumed run ends bitwise where an uninterrupted one ends, with real runners."""
 
+import io
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import detector_config
+from conftest import (
+    LOCAL_LEARNING,
+    RESTORERS,
+    build_restorer,
+    build_wrapper,
+    detector_config,
+    image_pairs,
+    train_restorer,
+)
 from mmengine.config import Config
 from mmengine.runner import Runner
 
@@ -13,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))
 from make_digits import make_digits
 
 ITERS = 5
+ADAM = dict(type='Adam', lr=1e-3)
 
 
 @pytest.fixture(scope='module')
@@ -114,3 +124,78 @@ def test_published_checkpoint_is_clean(digits, tmp_path):
     )  # fmt: skip
     assert 'optimizer' not in saved and 'random_state' not in saved
     assert not any('aux' in key or 'heads' in key for key in saved['state_dict'])
+
+
+class TestRestorers:
+    """The same for mmagic, with the states of model and wrapper, and with a runner."""
+
+    @staticmethod
+    def build(name):
+        model = build_restorer(name)
+        return model, build_wrapper(model, optimizer=dict(ADAM))
+
+    @staticmethod
+    def states(model, wrapper):
+        return dict(model=model.state_dict(), wrapper=wrapper.state_dict())
+
+    @pytest.mark.parametrize('name', RESTORERS)
+    def test_resume_is_bitwise(self, name):
+        model, wrapper = self.build(name)
+        train_restorer(model, wrapper, 2)
+        file = io.BytesIO()
+        torch.save(self.states(model, wrapper), file)
+        train_restorer(model, wrapper, 2, start=2)
+        whole = self.states(model, wrapper)
+        assert 'entry' in whole['wrapper']['local_learning']['bank']['moments']
+
+        for control in (False, True):
+            file.seek(0)
+            saved = torch.load(file, weights_only=True)
+            model, wrapper = self.build(name)
+            model.load_state_dict(saved['model'])
+            if not control:
+                wrapper.load_state_dict(saved['wrapper'])
+                assert equal(saved, self.states(model, wrapper)) == []
+            train_restorer(model, wrapper, 2, start=2)
+            resumed = self.states(model, wrapper)
+            if control:
+                assert equal(whole['model'], resumed['model'])
+            else:
+                assert equal(whole, resumed) == []
+
+    @staticmethod
+    def run(work_dir, iters):
+        """A real runner, which resumes what is in the work dir."""
+        pairs = image_pairs(size=6)
+        pairs = zip(pairs['inputs'], pairs['data_samples'], strict=True)
+        runner = Runner(
+            build_restorer('swinir'),  # which drops paths at random
+            str(work_dir),
+            train_dataloader=dict(
+                batch_size=2,
+                sampler=dict(type='InfiniteSampler', shuffle=True),
+                dataset=[dict(inputs=x, data_samples=y) for x, y in pairs],
+                collate_fn=dict(type='pseudo_collate'),
+            ),
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=iters),
+            optim_wrapper=dict(LOCAL_LEARNING, optimizer=dict(ADAM)),
+            default_hooks=dict(
+                checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False),
+                memory_bank=dict(type='MemoryBankHook'),
+            ),
+            default_scope='mmagic',
+            randomness=dict(seed=0),
+            resume=True,
+            experiment_name=f'{work_dir.name}-{iters}',
+            log_level='WARNING',
+        )
+        runner.train()
+        return torch.load(work_dir / f'iter_{iters}.pth', weights_only=True)
+
+    def test_a_resumed_runner(self, tmp_path):
+        whole = self.run(tmp_path / 'whole', 4)
+        stopped = self.run(tmp_path / 'stopped', 2)
+        resumed = self.run(tmp_path / 'stopped', 4)
+        for key in ('state_dict', 'optimizer', 'random_state'):
+            assert equal(whole[key], resumed[key]) == []
+            assert key == 'random_state' or equal(whole[key], stopped[key])  # control

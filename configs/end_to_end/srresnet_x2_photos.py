@@ -1,0 +1,16 @@
+# A small SRResNet on photographs (tools/make_photos.py), from scratch.
+_base_ = './edsr_x2_photos.py'
+experiment_name = 'srresnet_x2_photos'
+work_dir = f'./work_dirs/{experiment_name}'
+
+model = dict(
+    generator=dict(
+        _delete_=True,
+        type='MSRResNet',
+        in_channels=3,
+        out_channels=3,
+        mid_channels=32,
+        num_blocks=8,
+        upscale_factor=2,
+    )
+)

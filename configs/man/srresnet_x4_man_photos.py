@@ -1,0 +1,14 @@
+_base_ = '../end_to_end/srresnet_x4_photos.py'
+experiment_name = 'srresnet_x4_man_photos'
+work_dir = f'./work_dirs/{experiment_name}'
+custom_imports = dict(
+    imports=['man_mm', 'man_mm.engine.mmagic'], allow_failed_imports=False
+)
+optim_wrapper = dict(
+    type='LocalLearningOptimWrapper',
+    constructor='LocalLearningOptimWrapperConstructor',
+    local_learning=dict(
+        partition=dict(type='StagePartition'), aux_head=dict(type='MANHead')
+    ),
+)
+default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))

@@ -1,0 +1,14 @@
+_base_ = '../end_to_end/swinir_x2_div2k.py'
+experiment_name = 'swinir_x2_man_div2k'
+work_dir = f'./work_dirs/{experiment_name}'
+custom_imports = dict(
+    imports=['man_mm', 'man_mm.engine.mmagic'], allow_failed_imports=False
+)
+optim_wrapper = dict(
+    type='LocalLearningOptimWrapper',
+    constructor='LocalLearningOptimWrapperConstructor',
+    local_learning=dict(
+        partition=dict(type='StagePartition'), aux_head=dict(type='MANHead')
+    ),
+)
+default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))

@@ -1,0 +1,117 @@
+"""The MAN auxiliary head for super-resolution networks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmengine import registry as root
+from torch import Tensor, nn
+
+from man_mm.backbones import find_backbone, find_scale, image_channels
+from man_mm.core import MemoryBank
+
+from .base import AuxHead, AuxSite
+
+
+@root.MODELS.register_module()
+class MANSRHead(AuxHead):
+    """Restores the high-resolution image from one module's output and the bank.
+
+    After arXiv 2406.00446, section 3: an SLM of residual blocks, the bank's shallow
+    features as the local counterpart of the network's global skip, and an upsampler of
+    its own; the loss is the model's pixel loss against the whole target. The upsampler
+    is one convolution and a pixel shuffle (Shi et al., arXiv 1609.05158), so that no
+    map of the head is larger than the target.
+
+    Args:
+        site: Where the head sits.
+        channels: Width. Default: None, half of the channels of the module's output.
+        num_blocks: Residual blocks in the SLM. Default: 1.
+        use_bank: Whether to read the shallow features. Default: True.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        site: AuxSite,
+        channels: int | None = None,
+        num_blocks: int = 1,
+        use_bank: bool = True,
+    ) -> None:
+        super().__init__()
+        own = site.own[-1]
+        channels = own.channels // 2 if channels is None else channels
+        if channels < 1 or num_blocks < 0:
+            raise ValueError(
+                'aux_head.channels must be at least 1 and aux_head.num_blocks at least '
+                f'0, got {channels} and {num_blocks}.'
+            )
+        self.own = own.name
+        self.entry = site.entry.name
+        self.needs_bank = use_bank
+        self.reads = frozenset([self.entry] if use_bank else [])
+        self.lateral = nn.Conv2d(own.channels, channels, 3, padding=1)
+        self.slm = nn.Sequential(*(_ResidualBlock(channels) for _ in range(num_blocks)))
+        self.skip = None
+        if use_bank:
+            self.skip = nn.Conv2d(site.entry.channels, channels, 1)
+        self.upsample = _upsampler(find_backbone(site.model)[1], channels, own.stride)
+        self.pixel_loss = copy.deepcopy(site.model.pixel_loss)
+
+    def forward(
+        self, maps: Mapping[str, Tensor], targets: Any, bank: MemoryBank | None
+    ) -> dict[str, Any]:
+        """Local pixel loss; see `AuxHead.forward`."""
+        features = self.slm(self.lateral(maps[self.own]))
+        if self.skip is not None:
+            features = features + self.skip(maps[self.entry])
+        height, width = targets.gt_img.shape[-2:]
+        # SwinIR pads what is no multiple of its window, at the bottom and on the right.
+        images = self.upsample(features)[..., :height, :width]
+        return dict(loss=self.pixel_loss(images, targets.gt_img))
+
+
+def _upsampler(backbone: nn.Module, channels: int, stride: int) -> nn.Sequential:
+    """From ``(N, channels, H, W)`` to an image ``stride * scale`` times as large."""
+    factor = stride * find_scale(backbone)
+    images = image_channels(backbone)
+    conv = nn.Conv2d(channels, images * factor**2, 3, padding=1)
+    mean = getattr(backbone, 'mean', None)
+    if isinstance(mean, Tensor):  # which such a network adds to its output
+        with torch.no_grad():
+            conv.bias += mean.flatten().repeat_interleave(factor**2)
+    return nn.Sequential(conv, nn.PixelShuffle(factor))
+
+
+class _ResidualBlock(nn.Module):
+    """Convolution, ReLU and convolution around which a skip leads; no norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        for conv in (self.conv1, self.conv2):  # close to the identity, as in ESRGAN
+            nn.init.kaiming_normal_(conv.weight)
+            nn.init.zeros_(conv.bias)
+            with torch.no_grad():
+                conv.weight.mul_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.relu(self.conv1(x)))
+
+
+def is_restorer(model: nn.Module) -> bool:
+    """Whether a model of mmagic is trained by a pixel loss on ``gt_img``.
+
+    Classes are known by name, as mmagic need not be installed.
+    """
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return 'BaseEditModel' in names and isinstance(
+        getattr(model, 'pixel_loss', None), nn.Module
+    )

@@ -1,0 +1,408 @@
+"""The contracts of local learning, on the super-resolution networks of mmagic."""
+
+import copy
+
+import pytest
+import torch
+from conftest import (
+    RESTORERS,
+    build_restorer,
+    build_wrapper,
+    image_pairs,
+    train_restorer,
+)
+from mmengine.optim import build_optim_wrapper
+
+from man_mm import MemoryBank
+from man_mm.core import LocalLearner
+from man_mm.core.learner import total_loss
+from man_mm.core.micro_batches import MicroBatches
+
+torch.set_num_threads(1)
+
+ADAM = dict(type='Adam', lr=1e-3)
+END_TO_END = dict(type='CutPartition', cuts=[])
+
+
+@pytest.fixture(params=RESTORERS)
+def name(request):
+    return request.param
+
+
+def same(a, b):
+    """Bitwise equality of state dicts."""
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def weights(model, wrapper):
+    return {**model.state_dict(), **wrapper.learner.heads.state_dict(prefix='heads.')}
+
+
+def in_float64(name, **local_learning):
+    """A model, its wrapper, and a batch that has gone through the preprocessor."""
+    model = build_restorer(name).double()
+    data = model.data_preprocessor(image_pairs(), training=True)
+    samples = data['data_samples']
+    samples.gt_img = samples.gt_img.double()
+    data = dict(inputs=data['inputs'].double(), data_samples=samples)
+    return model, build_wrapper(model, **local_learning), data
+
+
+def watch_boundaries(model, learner):
+    """What enters each module but the first from now on."""
+    seen = []
+    for module in learner.modules[1:]:
+        first = model.get_submodule(module.parts[0])
+        first.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    return seen
+
+
+class TestIsolation:
+    """Each local loss reaches its own module and head alone.
+
+    A global skip is no exception, as the front gets both its gradients, added, in the
+    backward pass of the last module, which owns it.
+    """
+
+    @staticmethod
+    def reached(model, learner):
+        named = [*model.named_parameters(), *learner.heads.named_parameters('heads')]
+        found = []
+
+        def collect():
+            found.append({name for name, p in named if p.grad is not None})
+            for _, param in named:
+                param.grad = None
+
+        def backward(loss, module, complete):
+            loss.backward(retain_graph=True)
+            collect()
+
+        data = model.data_preprocessor(image_pairs(), training=True)
+        with learner.step(data['data_samples'], backward):
+            losses = model(**data, mode='loss')
+        model.parse_losses(losses)[0].backward()
+        collect()
+        names = {id(param): name for name, param in named}
+        owned = [{names[id(p)] for p in learner.params(m)} for m in learner.modules]
+        assert sum(map(len, owned)) == len(named)
+        return found, owned
+
+    def test_each_loss_trains_its_own_module(self, name):
+        model = build_restorer(name)
+        learner = build_wrapper(model).learner
+        assert len(learner.modules) == 4
+        seen = watch_boundaries(model, learner)
+        found, owned = self.reached(model, learner)
+        assert found == owned
+        assert len(seen) == 3
+        assert all(x.grad_fn is None and not x.requires_grad for x in seen)
+
+    def test_control_a_cut_that_does_not_detach(self, name, monkeypatch):
+        cut = LocalLearner._cut
+
+        def leaky(self, module, backward, output):
+            cut(self, module, backward, output)
+            return output
+
+        monkeypatch.setattr(LocalLearner, '_cut', leaky)
+        model = build_restorer(name)
+        learner = build_wrapper(model).learner
+        seen = watch_boundaries(model, learner)
+        found, owned = self.reached(model, learner)
+        assert all(x.requires_grad for x in seen)
+        assert found[0] == owned[0]
+        assert all(a > b for a, b in zip(found[1:], owned[1:], strict=True))
+
+
+FRONT_LAYERS = {'edsr': 'conv_first', 'rdn': 'sfe1'}
+# By hand: what is in front of the body, what leads into it, and what is behind it.
+FRONTS = {
+    'edsr': lambda net, x: net.conv_first((x - net.mean) / net.std),
+    'rdn': lambda net, x: net.sfe1(x),
+}
+INTO = {'edsr': lambda net, x: x, 'rdn': lambda net, x: net.sfe2(x)}
+TAILS = {
+    'edsr': lambda net, shallow, maps: (
+        net.conv_last(net.upsample(net.conv_after_body(maps[-1]) + shallow)) * net.std
+        + net.mean
+    ),
+    'rdn': lambda net, shallow, maps: net.output(
+        net.upscale(net.gff(torch.cat(maps, 1)) + shallow)
+    ),
+}
+
+
+class TestOracle:
+    """One local step is a loop that detaches by hand, in float64."""
+
+    @staticmethod
+    def params(name, model, learner):
+        """All parameters, and names of those in front of the body."""
+        front = f'generator.{FRONT_LAYERS[name]}'
+        params = dict(model.named_parameters())
+        params.update(learner.heads.named_parameters('heads'))
+        return params, [f'{front}.weight', f'{front}.bias']
+
+    def armed(self, name, **options):
+        model, wrapper, data = in_float64(name, **options)
+        with wrapper.learner.step(data['data_samples']):
+            losses = model(**data, mode='loss')
+        model.parse_losses(losses)[0].backward()
+        params, front = self.params(name, model, wrapper.learner)
+        return {key: param.grad for key, param in params.items()}, front
+
+    def by_hand(self, name, parts=('first', 'last'), **options):
+        model, wrapper, data = in_float64(name, **options)
+        learner, net, samples = wrapper.learner, model.generator, data['data_samples']
+        shallow = FRONTS[name](net, data['inputs'])
+        x, losses, earlier = INTO[name](net, shallow), [], []
+        for module in learner.modules:
+            maps = {}
+            for unit in module.units:
+                maps[unit.name] = x = model.get_submodule(unit.name)(x)
+            if module.is_last:
+                outputs = TAILS[name](net, shallow, [*earlier, *maps.values()])
+                losses.append(model.pixel_loss(outputs, samples.gt_img))
+            else:
+                entry = {'entry': shallow.detach()}
+                head = learner.heads[module.index]
+                losses.append(
+                    total_loss(head({**entry, **maps}, samples, MemoryBank()))
+                )
+                earlier += [map_.detach() for map_ in maps.values()]
+                x = x.detach()
+        both = dict(first=losses[0], last=losses[-1])
+        params, front = self.params(name, model, learner)
+        grads = {}
+        for keys, loss in (
+            (front, sum(both[part] for part in parts)),
+            (params.keys() - front, sum(losses)),
+        ):
+            some = [params[key] for key in keys]
+            found = torch.autograd.grad(loss, some, retain_graph=True)
+            grads.update(zip(keys, found, strict=True))
+        return grads
+
+    @staticmethod
+    def check(grads, others):
+        assert grads.keys() == others.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, others[name], rtol=1e-9, atol=1e-14)
+
+    @pytest.mark.parametrize('num_modules', [2, 4])
+    @pytest.mark.parametrize('name', ['edsr', 'rdn'])
+    def test_a_loop_by_hand(self, name, num_modules):
+        place = dict(edsr='body', rdn='rdbs')[name]
+        cuts = [f'generator.{place}.{i}' for i in (1, 3, 5)][: num_modules - 1]
+        partition = dict(type='CutPartition', cuts=cuts)
+        armed, front = self.armed(name, partition=partition)
+        self.check(armed, self.by_hand(name, partition=partition))
+        for part in ('first', 'last'):  # control: half of the front's gradient
+            half = self.by_hand(name, [part], partition=partition)
+            for key in front:
+                with pytest.raises(AssertionError):
+                    self.check({key: armed[key]}, {key: half[key]})
+
+
+def test_one_module_is_plain_training(name):
+    plain, local = build_restorer(name), build_restorer(name)
+    stock = build_optim_wrapper(plain, dict(type='OptimWrapper', optimizer=dict(ADAM)))
+    wrapper = build_wrapper(local, optimizer=ADAM, partition=END_TO_END)
+    assert len(wrapper.learner.modules) == 1
+    assert (
+        train_restorer(plain, stock)['loss'] == train_restorer(local, wrapper)['loss']
+    )
+    assert same(plain.state_dict(), local.state_dict())
+    cut = build_restorer(name)  # control
+    train_restorer(cut, build_wrapper(cut, optimizer=ADAM))
+    assert not same(plain.state_dict(), cut.state_dict())
+
+
+def test_all_ways_to_update_are_equal(name):
+    states = []
+    runs = [('module', 2), ('iteration', 2), ('parameter', 2), ('module', 1)]
+    for update, steps in runs:
+        model = build_restorer(name)
+        wrapper = build_wrapper(model, optimizer=ADAM, update=update)
+        train_restorer(model, wrapper, steps)
+        states.append(weights(model, wrapper))
+    first, *others, control = states
+    assert all(same(first, other) for other in others)
+    assert not same(first, control)
+
+
+def test_swinir_may_checkpoint_itself():
+    grads = []
+    for use_checkpoint in (False, True):
+        model = build_restorer(
+            'swinir', use_checkpoint=use_checkpoint, drop_path_rate=0.0
+        )
+        wrapper = build_wrapper(model, update='iteration')
+        data = model.data_preprocessor(image_pairs(), training=True)
+        with wrapper.optim_context(model):
+            losses = model(**data, mode='loss')
+        model.parse_losses(losses)[0].backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert not [name for name, grad in grads[1].items() if grad is None]
+    torch.testing.assert_close(*grads)
+
+
+class TestPlainModel:
+    """Outside its steps, the model is the plain model."""
+
+    @staticmethod
+    def predict(model):
+        model.eval()
+        images = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            outputs = model(images, mode='tensor')
+        model.train()
+        return outputs
+
+    def test_before_and_after_training(self, name):
+        model, plain = build_restorer(name), build_restorer(name)
+        before = copy.deepcopy(model.state_dict())
+        wrapper = build_wrapper(model)
+        assert same(model.state_dict(), plain.state_dict())
+        assert same(model.state_dict(), before)
+        assert list(model.state_dict()) == list(before)
+        assert torch.equal(self.predict(model), self.predict(plain))
+        train_restorer(model, wrapper)
+        assert list(model.state_dict()) == list(before)
+        assert not torch.equal(self.predict(model), self.predict(plain))  # control
+        plain.load_state_dict(model.state_dict(), strict=True)
+        assert torch.equal(self.predict(model), self.predict(plain))
+        assert all(p.grad is None for p in model.parameters())
+
+    @pytest.mark.parametrize(
+        ('name', 'size'), [*((name, None) for name in RESTORERS), ('srresnet', 1)]
+    )
+    def test_nothing_is_left_on_the_model(self, name, size):
+        model = build_restorer(name)
+        wrapper = build_wrapper(model, micro_batch_size=size)
+        data = model.data_preprocessor(image_pairs(), training=True)
+        with wrapper.optim_context(model):
+            assert self.traces(model)  # control
+            losses = model(**data, mode='loss')
+        assert not self.traces(model) and not wrapper.learner.bank
+        wrapper.update_params(model.parse_losses(losses)[0])
+        with pytest.raises(ZeroDivisionError), wrapper.optim_context(model):
+            model(**data, mode='loss')
+            raise ZeroDivisionError
+        assert not self.traces(model) and not wrapper.learner.bank
+
+    @staticmethod
+    def traces(model):
+        return [
+            m
+            for m in model.modules()
+            if m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m)
+        ]
+
+
+class TestMicroBatches:
+    """One image at a time gives the weights of the whole batch."""
+
+    @staticmethod
+    def train(name, size):
+        model, wrapper, data = in_float64(name, micro_batch_size=size)
+        for _ in range(2):
+            with wrapper.optim_context(model):
+                losses = model(**data, mode='loss')
+            wrapper.update_params(model.parse_losses(losses)[0])
+        return weights(model, wrapper), wrapper.learner
+
+    @staticmethod
+    def check(one, other):
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key], rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize('name', [name for name in RESTORERS if name != 'swinir'])
+    def test_slices_equal_the_whole_batch(self, name):
+        (whole, learner), (sliced, other) = (self.train(name, s) for s in (None, 1))
+        self.check(whole, sliced)
+        assert learner.losses.keys() == other.losses.keys()
+        self.check(learner.losses, other.losses)
+        start = in_float64(name)[0].state_dict()
+        with pytest.raises(AssertionError):  # control
+            self.check(start, whole)
+
+    def test_control_an_activation_that_does_not_run_again(self, monkeypatch):
+        def call(self, name, x):
+            if name == self.parts[0]:
+                self._outputs = self._run(self.chain, x)
+            return self._outputs.pop(name, x)
+
+        monkeypatch.setattr(MicroBatches, '_call', call)
+        whole, sliced = (self.train('srresnet', s)[0] for s in (None, 1))
+        with pytest.raises(AssertionError):
+            self.check(whole, sliced)
+
+    def test_swinir_is_refused(self):
+        message = 'micro_batch_size .*generator.layers.0.* takes more: remove micro_batch_size'
+        with pytest.raises(ValueError, match=message):
+            build_wrapper(build_restorer('swinir'), micro_batch_size=1)
+
+
+class TestBank:
+    """It holds the shallow features while a head reads them, and nothing else."""
+
+    @staticmethod
+    def watch(model, wrapper, touch=None):
+        """The bank's contents as each later module starts, before and after a step."""
+        learner, held = wrapper.learner, []
+        handles = []
+        for module in learner.modules[1:]:
+
+            def note(_module, _args):
+                if touch is not None:
+                    touch(learner.bank)
+                maps = dict(learner.bank._maps)
+                held.append((maps, {k: v.clone() for k, v in maps.items()}))
+
+            first = model.get_submodule(module.parts[0])
+            handles.append(first.register_forward_pre_hook(note))
+        train_restorer(model, wrapper, steps=1)
+        for handle in handles:
+            handle.remove()
+        return held
+
+    def test_it_holds_what_enters_only(self, name):
+        model = build_restorer(name)
+        wrapper = build_wrapper(model)
+        held = self.watch(model, wrapper)
+        assert [list(maps) for maps, _ in held] == [['entry'], ['entry'], []]
+        for maps, copies in held:
+            assert all(torch.equal(map_, copies[key]) for key, map_ in maps.items())
+        assert not wrapper.learner.bank
+        shape = held[0][0]['entry'].shape
+        # Beside the map, two moments of every channel.
+        assert wrapper.learner.bank_bytes <= 4 * (shape.numel() + 2 * 2 * shape[1])
+        assert wrapper.learner.bank_bytes >= 4 * shape.numel()
+        wrapper.initialize_count_status(model, 0, 1)
+        wrapper.learner.bank = None
+        with pytest.raises(ValueError, match='read a memory bank, but no MemoryBank'):
+            wrapper.initialize_count_status(model, 0, 1)
+
+    def test_without_it(self, name):
+        model = build_restorer(name)
+        wrapper = build_wrapper(model, aux_head=dict(use_bank=False))
+        held = self.watch(model, wrapper)
+        assert [list(maps) for maps, _ in held] == [[]] * 3
+        other = build_restorer(name)
+        without = build_wrapper(other, bank=False, aux_head=dict(use_bank=False))
+        without.initialize_count_status(other, 0, 1)  # needs none
+        train_restorer(other, without, steps=1)
+        assert without.learner.bank_bytes == 0
+        assert same(weights(model, wrapper), weights(other, without))
+
+    def test_a_map_that_is_changed_is_noticed(self):
+        def touch(bank):
+            for map_ in bank._maps.values():
+                map_.mul_(2)
+
+        model = build_restorer('edsr')
+        with pytest.raises(RuntimeError, match="'entry' .* was changed in place"):
+            self.watch(model, build_wrapper(model), touch)

@@ -12,6 +12,7 @@ load_pair = [
     dict(type='LoadImageFromFile', key='gt', channel_order='rgb'),
 ]
 train_dataloader = dict(
+    batch_size=4,
     num_workers=0,
     dataset=dict(
         ann_file='',
@@ -57,24 +58,24 @@ val_evaluator = dict(_delete_=True, **photos_evaluator)
 test_dataloader = [photos_dataloader]
 test_evaluator = [photos_evaluator]
 
-max_iters = 600
+max_iters = 1200
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
-optim_wrapper = dict(optimizer=dict(lr=4e-3))
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.05, by_epoch=False, begin=0, end=60),
+    dict(type='LinearLR', start_factor=0.05, by_epoch=False, begin=0, end=50),
     dict(
         type='CosineAnnealingLR',
-        T_max=max_iters - 60,
+        T_max=max_iters - 50,
         by_epoch=False,
-        begin=60,
+        begin=50,
         end=max_iters,
     ),
 ]
 default_hooks = dict(
-    checkpoint=dict(interval=100, max_keep_ckpts=1, out_dir=None, save_best=None),
-    logger=dict(interval=20),
+    checkpoint=dict(interval=400, max_keep_ckpts=1, out_dir=None, save_best=None),
+    logger=dict(interval=50),
 )
-log_processor = dict(window_size=20)
+log_processor = dict(window_size=50)
 custom_hooks = []
 randomness = dict(seed=0)
 env_cfg = dict(dist_cfg=dict(backend='gloo'))

@@ -24,13 +24,14 @@ class MANSRHead(AuxHead):
     features as the local counterpart of the network's global skip, and an upsampler of
     its own; the loss is the model's pixel loss against the whole target. The upsampler
     is one convolution and a pixel shuffle (Shi et al., arXiv 1609.05158), so that no
-    map of the head is larger than the target.
+    map of the head is larger than the target. Where the first module starts with the
+    image itself (SRResNet), the skip adds the enlarged image, as does the network's own.
 
     Args:
         site: Where the head sits.
         channels: Width. Default: None, half of the channels of the module's output.
         num_blocks: Residual blocks in the SLM. Default: 1.
-        use_bank: Whether to read the shallow features. Default: True.
+        use_bank: Whether to read the shallow features, or the image. Default: True.
 
     Raises:
         ValueError: If an option is out of range.
@@ -57,10 +58,15 @@ class MANSRHead(AuxHead):
         self.reads = frozenset([self.entry] if use_bank else [])
         self.lateral = nn.Conv2d(own.channels, channels, 3, padding=1)
         self.slm = nn.Sequential(*(_ResidualBlock(channels) for _ in range(num_blocks)))
-        self.skip = None
-        if use_bank:
-            self.skip = nn.Conv2d(site.entry.channels, channels, 1)
-        self.upsample = _upsampler(find_backbone(site.model)[1], channels, own.stride)
+        backbone = find_backbone(site.model)[1]
+        factor = own.stride * find_scale(backbone)
+        self.upsample = _upsampler(backbone, channels, factor)
+        is_image = site.entry.channels == image_channels(backbone)
+        self.features_skip = self.image_skip = None
+        if use_bank and is_image:
+            self.image_skip = nn.Upsample(scale_factor=factor, mode='bilinear')
+        elif use_bank:
+            self.features_skip = nn.Conv2d(site.entry.channels, channels, 1)
         self.pixel_loss = copy.deepcopy(site.model.pixel_loss)
 
     def forward(
@@ -68,19 +74,20 @@ class MANSRHead(AuxHead):
     ) -> dict[str, Any]:
         """Local pixel loss; see `AuxHead.forward`."""
         features = self.slm(self.lateral(maps[self.own]))
-        if self.skip is not None:
-            features = features + self.skip(maps[self.entry])
+        if self.features_skip is not None:
+            features = features + self.features_skip(maps[self.entry])
+        images = self.upsample(features)
+        if self.image_skip is not None:
+            images = images + self.image_skip(maps[self.entry])
         height, width = targets.gt_img.shape[-2:]
         # SwinIR pads what is no multiple of its window, at the bottom and on the right.
-        images = self.upsample(features)[..., :height, :width]
+        images = images[..., :height, :width]
         return dict(loss=self.pixel_loss(images, targets.gt_img))
 
 
-def _upsampler(backbone: nn.Module, channels: int, stride: int) -> nn.Sequential:
-    """From ``(N, channels, H, W)`` to an image ``stride * scale`` times as large."""
-    factor = stride * find_scale(backbone)
-    images = image_channels(backbone)
-    conv = nn.Conv2d(channels, images * factor**2, 3, padding=1)
+def _upsampler(backbone: nn.Module, channels: int, factor: int) -> nn.Sequential:
+    """From ``(N, channels, H, W)`` to an image ``factor`` times as large."""
+    conv = nn.Conv2d(channels, image_channels(backbone) * factor**2, 3, padding=1)
     mean = getattr(backbone, 'mean', None)
     if isinstance(mean, Tensor):  # which such a network adds to its output
         with torch.no_grad():

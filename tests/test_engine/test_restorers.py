@@ -341,7 +341,7 @@ class TestMicroBatches:
             self.check(whole, sliced)
 
     def test_swinir_is_refused(self):
-        message = 'micro_batch_size .*generator.layers.0.* takes more: remove micro_batch_size'
+        message = 'micro_batch_size .*layers.0.* takes more: remove micro_batch_size'
         with pytest.raises(ValueError, match=message):
             build_wrapper(build_restorer('swinir'), micro_batch_size=1)
 

@@ -25,7 +25,7 @@ class MANSRHead(AuxHead):
     its own; the loss is the model's pixel loss against the whole target. The upsampler
     is one convolution and a pixel shuffle (Shi et al., arXiv 1609.05158), so that no
     map of the head is larger than the target. Where the first module starts with the
-    image itself (SRResNet), the skip adds the enlarged image, as does the network's own.
+    image itself (SRResNet), the skip adds the enlarged image, as the network's does.
 
     Args:
         site: Where the head sits.

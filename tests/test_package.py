@@ -191,3 +191,14 @@ def test_import_needs_no_other_openmmlab_package():
 def test_blocker_blocks():
     with pytest.raises(AssertionError, match='mmengine is blocked'):
         import_in_fresh_python('man_mm', blocked=('mmengine',))
+
+
+@pytest.mark.parametrize('package', ['diffusers', 'mmagic'])
+def test_an_mmagic_that_cannot_be_imported_is_explained(package):
+    code = BLOCK_IMPORTS.format(blocked=(package,))
+    code += 'try:\n    import man_mm.engine.mmagic\n'
+    code += 'except RuntimeError as error:\n    print(error)\n'
+    (message,) = run_python('-W', 'ignore', '-c', code).splitlines()[-1:]
+    assert f"because of the package '{package}'" in message
+    for command in ("pip install '.[sr]'", "pip install --no-deps 'mmagic>=1.2.0'"):
+        assert command in message

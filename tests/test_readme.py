@@ -10,19 +10,23 @@ import yaml
 
 RESULTS = Path('benchmarks/results')
 CARD, MEMORY = Path('configs/man/README.md'), Path('docs/memory.md')
-README = Path('README.md')
-DOCUMENTS = (README, CARD, MEMORY)
+README, RESTORATION = Path('README.md'), Path('docs/super_resolution.md')
+DOCUMENTS = (README, CARD, MEMORY, RESTORATION)
 MIB = 2**20
 
 
 @pytest.fixture
 def step_rows(monkeypatch):
-    """Table rows of a folder of results of tools/benchmark.py."""
+    """Table rows of a folder of results of tools/benchmark.py or tools/compare.py."""
     monkeypatch.syspath_prepend('tools')
+    import _comparison
+    import compare
     from _records import markdown_rows, read_records
 
     def rows(folder):
         assert folder.is_dir(), folder
+        if folder.parent.name == 'training':
+            return _comparison.markdown_rows(compare.read_folder(folder))
         return markdown_rows(read_records(folder))
 
     return rows
@@ -32,6 +36,8 @@ def kind_rows(folder):
     """Table rows of what peaks consist of, in MiB."""
     for path in sorted(folder.glob('*.json')):
         record = json.loads(path.read_text())
+        if 'kinds' not in record:
+            continue
         sizes = [f'{size / MIB:.1f}' for size in record['kinds'].values()]
         total = f'{record["peak"] / MIB:.1f} | {record["peak_ratio"]:.3f}'
         yield f'| {record["scheme"]} | {total} | {" | ".join(sizes)} |'
@@ -80,7 +86,7 @@ def test_every_row_of_the_tables_comes_from_a_result(document, step_rows):
 
 def step_rows_of(text, step_rows):
     """The rows of every folder of results that a document links to."""
-    names = re.findall(r'benchmarks/results/([\w.-]+)\)', text)
+    names = re.findall(r'benchmarks/results/([\w./-]+)\)', text)
     folders = [RESULTS / name for name in dict.fromkeys(names)]
     # Results of several batches or models are drawn, not listed.
     return [row for f in folders if any(f.glob('*.json')) for row in step_rows(f)]

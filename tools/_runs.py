@@ -11,6 +11,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from man_mm.core.memory import measure_memory
 _NO_METRICS = {'data_time', 'time', 'step', 'epoch', 'iter', 'memory'}
 _POINTS = 100  # of a stored curve
 _TAIL = 30  # lines of a log that failed
+_MEASURING = threading.Lock()  # tracing a model patches torch for all threads
 
 
 class RunError(RuntimeError):
@@ -259,7 +261,7 @@ def _result(run: Run, threads: int) -> dict:
 def _peak(cfg: Config) -> int:
     """Peak bytes of a training step on a batch of the data set, on the CPU."""
     loader = {**cfg.train_dataloader, 'num_workers': 0, 'persistent_workers': False}
-    with quiet():
+    with _MEASURING, quiet():
         batch = next(iter(Runner.build_dataloader(loader, seed=0)))
         model = build_model(cfg.model)
         wrapper = build_wrapper(model, cfg)

@@ -80,6 +80,12 @@ def read_results(paths: Iterable[Path]) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths]
 
 
+def read_folder(folder: Path) -> list[dict]:
+    """Reads all result files of a folder, in the order of the entries and seeds."""
+    results = read_results(folder.glob('*_seed*.json'))
+    return sorted(results, key=lambda result: (result['position'], result['seed']))
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default the process's."""
     parser = argparse.ArgumentParser(
@@ -109,8 +115,7 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.error('give an entry NAME=CONFIG, or --from DIR')
     console = Console(width=None if sys.stdout.isatty() else 160)
     if options.source:
-        results = read_results(options.source.glob('*_seed*.json'))
-        results.sort(key=lambda result: (result['position'], result['seed']))
+        results = read_folder(options.source)
     else:
         try:
             entries = [

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from _manifest import begin_manifest, finish_manifest, read_manifest
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
@@ -159,15 +160,9 @@ def _write_split(out, split, count, size, seed):
 
 def _why_make(out, settings):
     """Return why `out` must be made, '' if it is up to date."""
-    if (out / 'dataset.json.part').exists():
-        return 'the last run did not finish'
-    manifest = out / 'dataset.json'
-    text = manifest.read_text('utf-8') if manifest.is_file() else ''
-    if '"recipe": "man_mm digits' not in text:  # not made by this script
-        if any(out.iterdir()):
-            raise ValueError(f'--out {out} holds other files: choose an empty folder')
-        return 'new data set'
-    done = json.loads(text)
+    done, reason = read_manifest(out, 'man_mm digits')
+    if reason:
+        return reason
     for key, value in settings.items():
         if done.get(key) != value:
             return f'{key} was {done.get(key)}, now {value}'
@@ -209,23 +204,21 @@ def make_digits(
         if settings[key] < least:
             option = '--' + key.replace('_', '-')
             raise ValueError(f'{option} is {settings[key]}: use {least} or more')
-    manifest, part = out / 'dataset.json', out / 'dataset.json.part'
     try:
         out.mkdir(parents=True, exist_ok=True)
         reason = _why_make(out, settings)
         if not reason:
             print(f'{out} is up to date: nothing to do')
             return out
-        part.write_text(json.dumps(settings), 'utf-8')
+        begin_manifest(out, settings)
     except OSError as error:
         raise OSError(
             f'--out {out} cannot be written ({error.strerror}): choose another folder'
         ) from error
     print(f'Making {out}: {reason}')
-    manifest.unlink(missing_ok=True)
     _write_split(out, 'train', num_train, size, seed)
     _write_split(out, 'val', num_val, size, seed)
-    part.replace(manifest)  # last, so that an interrupted run is redone
+    finish_manifest(out)
     return out
 
 

@@ -26,6 +26,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from _manifest import begin_manifest, finish_manifest, read_manifest
 from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.progress import track
@@ -231,16 +232,9 @@ def _names(settings):
 
 def _why_make(out, settings):
     """Return why `out` must be made, '' if it is up to date."""
-    manifest, part = out / 'dataset.json', out / 'dataset.json.part'
-    latest = part if part.is_file() else manifest
-    text = latest.read_text('utf-8') if latest.is_file() else ''
-    if '"recipe": "man_mm photos' not in text:  # not made by this script
-        if any(out.iterdir()):
-            raise ValueError(f'--out {out} holds other files: choose an empty folder')
-        return 'new data set'
-    if latest == part:
-        return 'the last run did not finish'
-    done = json.loads(text)
+    done, reason = read_manifest(out, 'man_mm photos')
+    if reason:
+        return reason
     for key, value in settings.items():
         if done.get(key) != value:
             if key == 'pictures':
@@ -295,28 +289,25 @@ def make_photos(
     pictures, files = _describe(source, rows)
     settings = {'recipe': RECIPE, 'source': source, 'scales': sorted(set(scales))}
     settings['pictures'] = pictures
-    manifest, part = out / 'dataset.json', out / 'dataset.json.part'
     try:
         out.mkdir(parents=True, exist_ok=True)
         reason = _why_make(out, settings)
         if not reason:
             print(f'{out} is up to date: nothing to do')
             return out
-        notes = {**settings, 'license': LICENSES[source]}
-        part.write_text(json.dumps(notes, ensure_ascii=False), 'utf-8')
+        begin_manifest(out, {**settings, 'license': LICENSES[source]})
     except OSError as error:
         raise OSError(
             f'--out {out} cannot be written ({error.strerror}): choose another folder'
         ) from error
     print(f'Making {out}: {reason}')
-    manifest.unlink(missing_ok=True)
     _clear(out)
     for picture, file in track(list(zip(pictures, files, strict=True)), 'pictures'):
         _write_picture(out, picture, file, settings['scales'])
     tiles = sorted(n for n in _names(settings) if n.startswith('DIV2K_train_HR_sub/'))
     lines = [f'{Path(name).name} ({TILE},{TILE},3)\n' for name in tiles]
     (out / TILE_LIST).write_text(''.join(lines), 'utf-8')
-    part.replace(manifest)  # last, so that an interrupted run is redone
+    finish_manifest(out)
     return out
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 
 _INSTALL = (
-    "pip install 'man_mm[sr]', then pip install --no-deps 'mmagic>=1.2.0' (without its "
-    'dependencies, as super-resolution needs neither mediapipe nor the packages for '
-    'faces)'
+    "pip install '.[sr]' in man_mm's checkout, then pip install --no-deps "
+    "'mmagic>=1.2.0' (without its dependencies, as super-resolution needs neither "
+    'mediapipe nor the packages for faces)'
 )
 
 

@@ -134,7 +134,7 @@ def test_images_that_swinir_pads(watched):
 
 
 def test_local_losses_fall(name):
-    check_local_losses_fall(build_restorer(name), image_pairs(), steps=10)
+    check_local_losses_fall(build_restorer(name), image_pairs(), steps=20)
 
 
 @pytest.mark.parametrize('name', ['edsr', 'swinir'])

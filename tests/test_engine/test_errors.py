@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from conftest import batch_of, build_detector, build_wrapper, detector_config
+from conftest import (
+    LOCAL_LEARNING,
+    batch_of,
+    build_detector,
+    build_wrapper,
+    detector_config,
+)
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 
@@ -58,6 +64,12 @@ def test_another_wrapper_type(model, name, fix):
     cfg = dict(type=name, optimizer=dict(type='SGD', lr=0.1))
     with pytest.raises(ValueError, match=fix):
         man_mm.LocalLearningOptimWrapperConstructor(cfg)(model)
+
+
+def test_several_optimizers(model):
+    cfg = dict(LOCAL_LEARNING, generator=dict(optimizer=dict(type='Adam', lr=1e-3)))
+    with pytest.raises(ValueError, match='has no optimizer.* GANs, are not supported'):
+        build_optim_wrapper(model, cfg)
 
 
 def test_no_memory_bank_hook(model):

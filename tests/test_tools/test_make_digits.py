@@ -1,6 +1,6 @@
 import hashlib
-import importlib.util
 import json
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -13,9 +13,8 @@ from pycocotools.coco import COCO
 from sklearn.datasets import load_digits
 
 SCRIPT = Path(__file__).parents[2] / 'tools' / 'make_digits.py'
-spec = importlib.util.spec_from_file_location('make_digits', SCRIPT)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+sys.path.insert(0, str(SCRIPT.parent))
+import make_digits as tool  # noqa: E402
 
 SMALL = {'num_train': 12, 'num_val': 6, 'size': 96}
 

@@ -1,6 +1,6 @@
 import hashlib
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / 'tools' / 'make_photos.py'
-spec = importlib.util.spec_from_file_location('make_photos', SCRIPT)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+sys.path.insert(0, str(SCRIPT.parent))
+import make_photos as tool  # noqa: E402
 
 HR, LR = 'DIV2K_train_HR_sub', 'DIV2K_train_LR_bicubic'
 VALID_HR, VALID_LR = 'DIV2K_valid_HR', 'DIV2K_valid_LR_bicubic'

@@ -1,6 +1,13 @@
 """man_mm: supervised local learning for OpenMMLab."""
 
-from .aux_heads import AuxHead, AuxSite, MANClsHead, MANDetHead, MANHead
+from .aux_heads import (
+    AuxHead,
+    AuxSite,
+    MANClsHead,
+    MANDetHead,
+    MANHead,
+    MANSRHead,
+)
 from .core import (
     BalancedPartition,
     CutPartition,
@@ -32,6 +39,7 @@ __all__ = [
     'MANClsHead',
     'MANDetHead',
     'MANHead',
+    'MANSRHead',
     'MemoryBank',
     'MemoryBankHook',
     'ResumeHook',

@@ -63,12 +63,12 @@ def restore(
         large = small.resize(truth.shape[1::-1], Image.BICUBIC)
         images = {'input': np.asarray(large)}
         for name, model in models.items():
-            batch = dict(
-                inputs=[sample['inputs']], data_samples=[sample['data_samples']]
-            )
+            again = dataset[int(index)]  # mmagic changes its samples
+            batch = {key: [again[key]] for key in ('inputs', 'data_samples')}
             with torch.no_grad():
                 (restored,) = model.test_step(batch)
-            images[name] = _to_image(restored.output.pred_img)
+            # What mmagic returns for evaluation is in BGR.
+            images[name] = _to_image(restored.output.pred_img.flip(0))
         pictures.append({**images, 'ground truth': truth})
     return pictures
 

@@ -14,3 +14,4 @@ model = dict(
         upscale_factor=2,
     )
 )
+optim_wrapper = dict(optimizer=dict(lr=1e-3))  # at 2e-3, it does not train

@@ -5,7 +5,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from mmengine.registry import MODELS
+from mmengine.runner import Runner, load_checkpoint
 from rich.console import Console
 
 sys.path.insert(0, 'tools')
@@ -14,6 +18,7 @@ import compare
 import preview_photos
 from _comparison import make_table, markdown_rows
 from _runs import Entry, Run, RunError, parse_entry, slug
+from benchmark import load_config
 from make_photos import make_photos
 
 CONFIG = 'configs/{}/edsr_x2_{}photos.py'
@@ -128,6 +133,7 @@ def test_runs_are_done_once_and_shown_from_their_files(
     )
     preview_photos.main([str(config), f'MAN={checkpoint}', '--out', str(drawn)])
     assert drawn.stat().st_size > 10_000
+    check_preview(load_config(str(config)), str(checkpoint))
 
     # Other settings are another run, with a folder of its own.
     entry = Entry('MAN', CONFIG.format('man', 'man_'), tuple(options_for(photos)))
@@ -136,6 +142,21 @@ def test_runs_are_done_once_and_shown_from_their_files(
     other = dataclasses.replace(run, entry=Entry('MAN', entry.config))
     assert not other.is_done and not other.work_dir.exists()
     assert not dataclasses.replace(run, seed=4).is_done
+
+
+def check_preview(cfg, checkpoint):
+    """What is drawn is what the network returns, its colours included."""
+    (images,) = preview_photos.restore(cfg, {'MAN': checkpoint}, 1)
+    model = MODELS.build(cfg.model).eval()
+    load_checkpoint(model, checkpoint, map_location='cpu')
+    sample = Runner.build_dataloader(cfg.val_dataloader).dataset[0]
+    with torch.no_grad():
+        output = model.generator(sample['inputs'][None] / 255)[0]
+    expected = (255 * output).clamp(0, 255).round().permute(1, 2, 0).numpy()
+    assert np.abs(images['MAN'] - expected).max() <= 1
+    assert np.abs(images['MAN'][..., ::-1] - expected).max() > 10  # control
+    truth = sample['data_samples'].gt_img.permute(1, 2, 0).numpy()
+    assert (images['ground truth'] == truth).all()
 
 
 def test_a_stopped_run_goes_on_where_it_was(photos, tmp_path):

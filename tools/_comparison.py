@@ -40,9 +40,13 @@ def make_table(results: Sequence[dict]) -> Table:
 
 
 def markdown_rows(results: Sequence[dict]) -> list[str]:
-    """The rows of the table, as they stand in the documents."""
+    """The rows of the table, as they stand in the documents.
+
+    Without times, since other trainings may have run beside: `tools/benchmark.py`
+    measures those, in turn.
+    """
     rows = _rows(group_results(results), _metrics(results))
-    return [f'| {" | ".join(row)} |' for row in rows]
+    return [f'| {" | ".join(row[:-2])} |' for row in rows]
 
 
 def _metrics(results: Sequence[dict]) -> list[str]:

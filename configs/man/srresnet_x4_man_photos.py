@@ -8,7 +8,9 @@ optim_wrapper = dict(
     type='LocalLearningOptimWrapper',
     constructor='LocalLearningOptimWrapperConstructor',
     local_learning=dict(
-        partition=dict(type='StagePartition'), aux_head=dict(type='MANHead')
+        partition=dict(type='StagePartition'),
+        aux_head=dict(type='MANHead'),
+        aux_lr_mult=3.0,
     ),
 )
 default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))

@@ -102,11 +102,7 @@ def slice_batch(targets: Any, images: slice, count: int) -> Any:
         return {
             key: slice_batch(value, images, count) for key, value in targets.items()
         }
-    if (
-        len(targets) == count
-        and hasattr(targets, 'split')
-        and hasattr(targets, 'stack')
-    ):
+    if hasattr(targets, 'stack') and len(targets) == count:
         # A data sample of mmagic, which has no index.
         return targets.stack(targets.split(allow_nonseq_value=True)[images])
     if not hasattr(targets, '__getitem__') or len(targets) != count:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from _records import MIB
 from rich.table import Table
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-
-MIB = 2**20
 
 
 def group_results(results: Sequence[dict]) -> dict[str, list[dict]]:

@@ -65,16 +65,21 @@ def make_records(
                 time_ratio=seconds / statistics.median(base['seconds']),
                 images_per_second=batch / seconds,
                 position=position,
-                versions=dict(
-                    man_mm=__version__,
-                    torch=torch.__version__,
-                    mmengine=mmengine.__version__,
-                    python=platform.python_version(),
-                ),
+                versions=versions(),
                 command=f'OMP_NUM_THREADS={threads} {shlex.join(command)}',
             )
         )
     return records
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return dict(
+        man_mm=__version__,
+        torch=torch.__version__,
+        mmengine=mmengine.__version__,
+        python=platform.python_version(),
+    )
 
 
 def write_records(records: Iterable[dict], out: Path) -> None:

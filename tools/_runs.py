@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import statistics
@@ -19,14 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import mmengine
-import torch
 from _building import build_model, build_wrapper, quiet
+from _records import versions
 from benchmark import load_config
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from man_mm import __version__
 from man_mm.core.memory import measure_memory
 
 _NO_METRICS = {'data_time', 'time', 'step', 'epoch', 'iter', 'memory'}
@@ -248,12 +245,7 @@ def _result(run: Run, threads: int) -> dict:
         ),
         threads=threads,
         data=run.data,
-        versions=dict(
-            man_mm=__version__,
-            torch=torch.__version__,
-            mmengine=mmengine.__version__,
-            python=platform.python_version(),
-        ),
+        versions=versions(),
         command=shlex.join(command),
     )
 

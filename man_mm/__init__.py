@@ -19,6 +19,7 @@ from .core import (
     split,
 )
 from .engine import (
+    AmpLocalLearningOptimWrapper,
     LocalLearningOptimWrapper,
     LocalLearningOptimWrapperConstructor,
     MemoryBankHook,
@@ -28,6 +29,7 @@ from .engine import (
 from .version import __version__
 
 __all__ = [
+    'AmpLocalLearningOptimWrapper',
     'AuxHead',
     'AuxSite',
     'BalancedPartition',

@@ -49,10 +49,17 @@ def build_detector(cfg: Config, seed: int = 0) -> torch.nn.Module:
     return model.train()
 
 
-def build_wrapper(model, bank=True, optimizer=None, clip_grad=None, **local_learning):
-    """The wrapper as the runner builds it; with a bank unless told otherwise."""
+def build_wrapper(
+    model, bank=True, optimizer=None, clip_grad=None, amp=None, **local_learning
+):
+    """The wrapper as the runner builds it; with a bank unless told otherwise.
+
+    ``amp`` holds the options of mixed precision.
+    """
+    if amp is not None:
+        amp = dict(amp, type='AmpLocalLearningOptimWrapper')
     cfg = dict(
-        LOCAL_LEARNING,
+        LOCAL_LEARNING | (amp or {}),
         optimizer=optimizer or dict(type='SGD', lr=0.01, momentum=0.9),
         clip_grad=clip_grad,
         local_learning=local_learning,

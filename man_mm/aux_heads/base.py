@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from man_mm.backbones import Tap
@@ -68,6 +69,17 @@ class AuxHead(nn.Module, ABC):
         Returns:
             A scalar, or a dictionary in which each key with ``loss`` is a term.
         """
+
+
+def in_full_precision(_module: nn.Module, _args: tuple, outputs: Any) -> Any:
+    """Forward hook: predictions in float32, since losses underflow in half precision.
+
+    Logarithms and divisions in them have bounds such as 1e-8, which is 0 in float16.
+    """
+    if isinstance(outputs, list | tuple):
+        return type(outputs)(in_full_precision(_module, _args, x) for x in outputs)
+    is_half = outputs.dtype in (torch.float16, torch.bfloat16)
+    return outputs.float() if is_half else outputs
 
 
 def find_sites(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from man_mm.core import MemoryBank
 
-from .base import AuxHead, AuxSite
+from .base import AuxHead, AuxSite, in_full_precision
 from .blocks import conv_block
 
 _EXPANSION = 4
@@ -155,6 +155,7 @@ def _classifier(head: nn.Module | None, in_channels: int) -> nn.Module:
         )
     )
     classifier.init_weights()
+    classifier.register_forward_hook(in_full_precision)
     return classifier
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from man_mm.core import MemoryBank
 
-from .base import AuxHead, AuxSite
+from .base import AuxHead, AuxSite, in_full_precision
 from .faithful_det import FaithfulDetector
 from .pyramid import LocalPyramid
 
@@ -108,6 +108,7 @@ class LightDetector(nn.Module):
             )
         )
         self.head.init_weights()
+        self.head.register_forward_hook(in_full_precision)
         self._assign = self.head.get_targets
         self.head.get_targets = self._get_targets
         self._shared: dict = {}

@@ -5,6 +5,7 @@ from mmengine import registry as root
 from man_mm.core import BalancedPartition, CutPartition, StagePartition
 
 from . import compat
+from .amp import AmpLocalLearningOptimWrapper
 from .constructor import LocalLearningOptimWrapperConstructor, build_learner
 from .hooks import MemoryBankHook
 from .optim_wrapper import LocalLearningOptimWrapper
@@ -13,8 +14,10 @@ from .resume import ResumeHook
 for _partition in (StagePartition, CutPartition, BalancedPartition):
     root.TASK_UTILS.register_module(module=_partition)
 compat.allow_safe_loading()
+compat.allow_cpu_ranks()
 
 __all__ = [
+    'AmpLocalLearningOptimWrapper',
     'LocalLearningOptimWrapper',
     'LocalLearningOptimWrapperConstructor',
     'MemoryBankHook',

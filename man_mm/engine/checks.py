@@ -13,9 +13,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from man_mm.core import LocalLearner
 
 WRAPPER = 'LocalLearningOptimWrapper'
+AMP_WRAPPER = 'AmpLocalLearningOptimWrapper'
 
 _OTHER_WRAPPERS = {
-    'AmpOptimWrapper': 'train without --amp (mixed precision is not supported)',
     'ApexOptimWrapper': 'train without Apex',
     'DeepSpeedOptimWrapper': 'train without DeepSpeed',
 }
@@ -28,15 +28,15 @@ def check_wrapper_type(name: str) -> None:
         name: ``optim_wrapper.type``, with or without a scope.
 
     Raises:
-        ValueError: If it is not `LocalLearningOptimWrapper`; ``--amp`` overwrites the
-            type and would silently turn local learning off.
+        ValueError: If it is neither `LocalLearningOptimWrapper` nor
+            `AmpLocalLearningOptimWrapper`; local learning would silently be off.
     """
     plain = name.rpartition('.')[2]
-    if plain != WRAPPER:
+    if plain not in (WRAPPER, AMP_WRAPPER):
         fix = _OTHER_WRAPPERS.get(plain, 'remove the other type')
         raise ValueError(
             f'optim_wrapper.type is {name!r}, with which local learning would be off: '
-            f"{fix}, and keep optim_wrapper.type='{WRAPPER}'."
+            f"{fix}, and keep optim_wrapper.type='{WRAPPER}' or '{AMP_WRAPPER}'."
         )
 
 

@@ -17,8 +17,14 @@ from torch import nn
 from man_mm.aux_heads import find_sites
 from man_mm.backbones import find_units, probe
 from man_mm.core import LocalLearner, split
+from man_mm.core.plan import Measure
 
-from .checks import check_model_wrapper, check_wrapper_type
+from .checks import (
+    AMP_WRAPPER,
+    WRAPPER,
+    check_model_wrapper,
+    check_wrapper_type,
+)
 from .distributed import broadcast_module
 from .optim_wrapper import LocalLearningOptimWrapper
 from .planning import measure_units
@@ -48,6 +54,9 @@ LEARNER_OPTIONS = (
 @root.OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Builds a `LocalLearningOptimWrapper` and all that belongs to it.
+
+    With ``optim_wrapper.type`` `AmpLocalLearningOptimWrapper`, or mmengine's
+    ``AmpOptimWrapper``, which ``--amp`` writes there, it builds the former.
 
     ``optim_wrapper`` takes, beside mmengine's own keys, a dictionary
     ``local_learning``, whose keys and defaults are:
@@ -87,13 +96,19 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.options = {**_DEFAULTS, **given}
         for key in ('partition', 'aux_head'):
             self.options[key] = {**_DEFAULTS[key], **self.options[key]}
-        wrapper = optim_wrapper_cfg.setdefault('type', LocalLearningOptimWrapper)
+        wrapper = optim_wrapper_cfg.get('type', WRAPPER)
+        if not isinstance(wrapper, str):
+            wrapper = wrapper.__name__
+        if wrapper.rpartition('.')[2] == 'AmpOptimWrapper':
+            # So do the training scripts of OpenMMLab write when called with --amp.
+            wrapper = AMP_WRAPPER
+        optim_wrapper_cfg['type'] = wrapper
         if 'optimizer' not in optim_wrapper_cfg:
             raise ValueError(
                 'optim_wrapper has no optimizer. Local learning trains models with one '
                 'optimizer; those with several, such as GANs, are not supported.'
             )
-        check_wrapper_type(wrapper if isinstance(wrapper, str) else wrapper.__name__)
+        check_wrapper_type(wrapper)
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
     def __call__(self, model: nn.Module) -> LocalLearningOptimWrapper:
@@ -106,9 +121,8 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         check_model_wrapper(model)
         if is_model_wrapper(model):
             model = model.module
-        learner = build_learner(
-            model, **{key: self.options[key] for key in LEARNER_OPTIONS}
-        )
+        options = {key: self.options[key] for key in LEARNER_OPTIONS}
+        learner = build_learner(model, **options)
         groups = self._groups(model)
         for group in self._groups(learner.heads):
             if self.base_lr is not None:
@@ -126,6 +140,7 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 learner=learner,
                 update=self.options['update'],
                 clip=self.options['clip'],
+                measure=_measure(model, options),
             ),
         )
 
@@ -167,14 +182,15 @@ def build_learner(
         ValueError: If the model cannot be cut so, or has no such head.
     """
     units = find_units(model)
-    build = partial(
-        build_learner,
-        aux_head=aux_head,
-        recompute=recompute,
-        efficient_conv_bn_eval=efficient_conv_bn_eval,
-        micro_batch_size=micro_batch_size,
+    measure = _measure(
+        model,
+        dict(
+            aux_head=aux_head,
+            recompute=recompute,
+            efficient_conv_bn_eval=efficient_conv_bn_eval,
+            micro_batch_size=micro_batch_size,
+        ),
     )
-    measure = partial(measure_units, model, build)
     cuts = root.TASK_UTILS.build(dict(partition)).cuts(units, measure)
     modules = split(model, units, cuts)
     ends = ', '.join(module.cut for module in modules[:-1]) or 'nothing'
@@ -196,3 +212,8 @@ def build_learner(
     )
     broadcast_module(learner.heads)
     return learner
+
+
+def _measure(model: nn.Module, options: dict[str, Any]) -> Measure:
+    options = {key: value for key, value in options.items() if key != 'partition'}
+    return partial(measure_units, model, partial(build_learner, **options))

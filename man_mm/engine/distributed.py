@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
 from mmengine import dist
 from torch import Tensor, nn
 
 
-def average_gradients(params: Sequence[nn.Parameter]) -> None:
-    """Averages gradients over all ranks, in place; does nothing on one rank.
+def average_gradients(params: Sequence[nn.Parameter]) -> Callable[[], None]:
+    """Starts to average gradients over all ranks, beside what runs next.
 
-    A parameter without a gradient on some ranks only counts as zero there, and keeps
-    ``grad=None`` if no rank used it, so that every rank takes part in the same
-    reductions and no optimizer step is made up.
+    Each gradient is sent once, in one message for all of a dtype. A parameter without
+    a gradient on some ranks counts as zero there, and keeps ``grad=None`` if no rank
+    used it, so that every rank takes part in the same reductions and no optimizer step
+    is made up.
+
+    Args:
+        params: Parameters, the same and in the same order on every rank.
+
+    Returns:
+        Waits for the averages, and puts them into ``grad``. Does nothing on one rank.
     """
-    if dist.get_world_size() == 1 or not params:
-        return
-    used = torch.tensor([float(p.grad is not None) for p in params])
-    used = used.to(params[0].device)
-    dist.all_reduce(used, op='max')
-    grads = []
-    for param, is_used in zip(params, used.tolist(), strict=True):
-        if is_used:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-            grads.append(param.grad)
-    average_tensors(grads)
+    if dist.get_world_size() == 1:
+        return _nothing
+    groups = defaultdict(list)
+    for param in params:
+        groups[param.device, param.dtype].append(param)
+    waits = [_start(group) for group in groups.values()]
+    return lambda: [wait() for wait in waits]
+
+
+def _start(params: Sequence[nn.Parameter]) -> Callable[[], None]:
+    first = params[0]
+    used = first.new_tensor([param.grad is not None for param in params])
+    # Zeros are as long as their parameters: other ranks may have these gradients.
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([*(grad.flatten() for grad in grads), used])
+    flat /= dist.get_world_size()
+    for param in params:
+        param.grad = None  # the message is its only copy
+    work = torch.distributed.all_reduce(flat, async_op=True)
+
+    def wait() -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(
+                'Another rank has died or hangs, so gradients cannot be averaged: see '
+                'its output. Restart with --resume. Ranks wait for each other '
+                f'env_cfg.dist_cfg.timeout seconds. {error}'
+            ) from error
+        sizes = [param.numel() for param in params]
+        *averages, is_used = flat.split([*sizes, len(params)])
+        pairs = zip(params, averages, is_used.tolist(), strict=True)
+        for param, average, share in pairs:
+            if share > 0:
+                param.grad = average.view_as(param)
+
+    return wait
+
+
+def _nothing() -> None:
+    pass
 
 
 def average_tensors(tensors: Sequence[Tensor]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from mmengine import dist
 from mmengine import registry as root
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
@@ -17,13 +21,20 @@ from man_mm.core import LocalLearner, LocalModule
 
 from .checks import check_model_wrapper, check_start
 from .distributed import average_gradients
+from .out_of_memory import Measure, explains_out_of_memory
 
 _UPDATE_BYTES = 2**20
+# More than a dynamic loss scale of 2**16 needs to come down to 1.
+_MOST_SKIPS = 25
 
 
 @root.OPTIM_WRAPPERS.register_module()
 class LocalLearningOptimWrapper(OptimWrapper):
     """Back-propagates each module right after its forward pass.
+
+    On several ranks, the gradients of a module are averaged while the next module
+    runs. A module whose gradients are not finite is not updated in that iteration,
+    on no rank, and the others are.
 
     Built by `LocalLearningOptimWrapperConstructor`, which makes the learner and adds
     the auxiliary heads to the optimizer. With K = 1 it is mmengine's ``OptimWrapper``,
@@ -40,6 +51,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
         clip: ``'module'`` applies ``clip_grad`` to each module with its head alone;
             ``'global'`` to all together, which needs ``update='iteration'``.
             Default: ``'module'``.
+        measure: Measures what units cost for images of a shape, to tell where memory
+            ran out; see `man_mm.engine.planning.measure_units`. Default: None.
         **kwargs: ``accumulative_counts`` and ``clip_grad`` of ``OptimWrapper``.
 
     Raises:
@@ -52,6 +65,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         learner: LocalLearner,
         update: str = 'module',
         clip: str = 'module',
+        measure: Measure | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer, **kwargs)
@@ -79,6 +93,10 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self.learner = learner
         self.update = update
         self.clip = clip
+        self._measure = measure
+        self._shape: tuple[int, ...] = ()
+        self._under_way: tuple[LocalModule, Callable[[], None]] | None = None
+        self._skips: Counter[str] = Counter()
 
     def initialize_count_status(
         self, model: nn.Module, init_counts: int, max_counts: int
@@ -102,6 +120,9 @@ class LocalLearningOptimWrapper(OptimWrapper):
 
         Args:
             model: The model, plain or in ``MMDistributedDataParallel``.
+
+        Raises:
+            RuntimeError: If memory runs out; tells in which module.
         """
         check_model_wrapper(model)
         plain = model.module if is_model_wrapper(model) else model
@@ -110,6 +131,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
                 stack.enter_context(model.no_sync())
             handle = plain.register_forward_pre_hook(self._capture, with_kwargs=True)
             stack.callback(handle.remove)
+            stack.enter_context(self._explained())
             stack.enter_context(self.learner.step(backward=self.local_backward))
             yield
 
@@ -122,8 +144,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
             complete: Whether no other loss of this iteration reaches the module.
         """
         complete = complete and self.should_sync()
-        with self._updating(module, complete):
-            self.scale_loss(loss).backward()
+        with self._updating(loss, module, complete):
+            self._scaled(self.scale_loss(loss), module).backward()
         if complete:
             self._finish(module)
 
@@ -141,14 +163,16 @@ class LocalLearningOptimWrapper(OptimWrapper):
             zero_kwargs: Accepted for compatibility; gradients are always freed.
         """
         modules = self.learner.modules
-        with self._updating(modules[-1], self.should_sync()):
-            self.backward(self.scale_loss(loss))
+        last = modules[-1]
+        with self._explained(), self._updating(loss, last, self.should_sync()):
+            self.backward(self._scaled(self.scale_loss(loss), last))
         if self.should_update():
-            self._finish(modules[-1])
+            self._finish(last)
+            self._settle()
             if self.update == 'iteration':
                 self._step(modules, **(step_kwargs or {}))
         for name, value in self.learner.losses.items():
-            self.message_hub.update_scalar(f'train/{name}/loss', value)
+            self._log(f'{name}/loss', value)
 
     def state_dict(self) -> dict:
         """State of the optimizer, the auxiliary heads and the long-term memory."""
@@ -189,13 +213,30 @@ class LocalLearningOptimWrapper(OptimWrapper):
     def _capture(self, _model: nn.Module, args: tuple, kwargs: dict) -> None:
         # The signature of every OpenMMLab model: forward(inputs, data_samples, mode).
         self.learner.targets = kwargs.get('data_samples', (*args, None, None)[1])
+        inputs = kwargs.get('inputs', (*args, None)[0])
+        self._shape = tuple(getattr(inputs, 'shape', ()))
+
+    def _explained(self):
+        return explains_out_of_memory(self.learner, self._measure, lambda: self._shape)
+
+    def _scaled(self, loss: Tensor, _module: LocalModule) -> Tensor:
+        """For mixed precision."""
+        return loss
 
     @contextmanager
-    def _updating(self, module: LocalModule, complete: bool) -> Iterator[None]:
+    def _updating(
+        self, loss: Tensor, module: LocalModule, complete: bool
+    ) -> Iterator[None]:
         """With ``update='parameter'``, steps parameters while the module backwards."""
         if self.update != 'parameter' or not complete:
             yield
             return
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f'The loss of {module.name} is {loss.item()}. With '
+                "optim_wrapper.local_learning.update='module' such an iteration is "
+                'skipped.'
+            )
         ready: list[nn.Parameter] = []
 
         def collect(param: nn.Parameter) -> None:
@@ -212,43 +253,93 @@ class LocalLearningOptimWrapper(OptimWrapper):
             yield
 
     def _finish(self, module: LocalModule) -> None:
-        params = self.learner.params(module)
-        average_gradients(params)
+        """Starts to average a module's gradients; updates the module before it."""
+        wait = average_gradients(self.learner.params(module))
+        self._settle()
+        self._under_way = module, wait
+        if dist.get_world_size() == 1:
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._under_way is None:
+            return
+        (module, wait), self._under_way = self._under_way, None
+        wait()
         if self.update == 'module':
             self._step([module])
         elif self.update == 'parameter':  # those that its last loss did not reach
-            self._step_params({p for p in params if p.grad is not None})
+            self._step_params(set(self._with_grad(module)))
 
     def _step(self, modules: Sequence[LocalModule], **kwargs: Any) -> None:
-        params = [self.learner.params(module) for module in modules]
-        if self.clip == 'global':
-            self._clip('grad_norm', [p for group in params for p in group])
-        else:
-            for module, group in zip(modules, params, strict=True):
-                self._clip(f'{module.name}/grad_norm', group)
-        self._step_params({p for group in params for p in group}, **kwargs)
+        finite = [module for module in modules if self._check_and_clip(module)]
+        params = [p for module in finite for p in self._with_grad(module)]
+        if self.clip == 'global' and params:
+            self._log('grad_norm', self._clip(params))
+        self._step_params(set(params), **kwargs)
+        for module in modules:
+            for param in self._with_grad(module):  # of those that were skipped
+                param.grad = None
 
     def _step_params(self, params: set[nn.Parameter], **kwargs: Any) -> None:
-        with _only(self.optimizer, params):
+        with only(self.optimizer, params):
             self.optimizer.step(**kwargs)
         for param in params:
             param.grad = None
 
-    def _clip(self, name: str, params: Sequence[nn.Parameter]) -> None:
-        params = [p for p in params if p.grad is not None]
+    def _with_grad(self, module: LocalModule) -> list[nn.Parameter]:
+        return [p for p in self.learner.params(module) if p.grad is not None]
+
+    def _check_and_clip(self, module: LocalModule) -> bool:
+        """Whether a module's gradients are finite, which all ranks agree on."""
+        params = self._with_grad(module)
         if not params:
-            return
+            return True
+        norm = _norm(params) if self.clip == 'global' else self._clip(params)
+        if not norm.isfinite():
+            self._skip(module)
+            return False
+        self._skips[module.name] = 0
+        if self.clip == 'module':
+            self._log(f'{module.name}/grad_norm', norm)
+        return True
+
+    def _clip(self, params: Sequence[nn.Parameter]) -> Tensor:
+        """Clips gradients, if so configured; returns their norm before."""
+        if self.clip_grad_kwargs and self.grad_name == 'grad_norm':
+            return self.clip_func(params, **self.clip_grad_kwargs)
+        norm = _norm(params)
         if self.clip_grad_kwargs:
-            norm = self.clip_func(params, **self.clip_grad_kwargs)
-        else:
-            norms = [torch.linalg.vector_norm(p.grad) for p in params]
-            norm = torch.linalg.vector_norm(torch.stack(norms))
-        if norm is not None:
-            self.message_hub.update_scalar(f'train/{name}', norm)
+            self.clip_func(params, **self.clip_grad_kwargs)
+        return norm
+
+    def _skip(self, module: LocalModule) -> None:
+        self._skips[module.name] += 1
+        if self._skips[module.name] > _MOST_SKIPS:
+            raise FloatingPointError(
+                f'The gradients of {module.name} (up to {module.cut!r}) were not '
+                f'finite in {_MOST_SKIPS} iterations on end. It was not updated since, '
+                'so the latest checkpoint is sound: resume it with a lower '
+                'optim_wrapper.optimizer.lr, a longer warm-up or '
+                'optim_wrapper.clip_grad.'
+            )
+        print_log(
+            f'{module.name} (up to {module.cut!r}) has gradients that are not finite: '
+            'it is not updated in this iteration.',
+            'current',
+            logging.WARNING,
+        )
+
+    def _log(self, name: str, value: Tensor) -> None:
+        self.message_hub.update_scalar(f'train/{name}', value)
+
+
+def _norm(params: Sequence[nn.Parameter]) -> Tensor:
+    norms = [torch.linalg.vector_norm(param.grad) for param in params]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 @contextmanager
-def _only(optimizer: Optimizer, params: set[nn.Parameter]) -> Iterator[None]:
+def only(optimizer: Optimizer, params: set[nn.Parameter]) -> Iterator[None]:
     """Limits an optimizer to some parameters: others may hold unfinished gradients."""
     groups = optimizer.param_groups
     everything = [group['params'] for group in groups]

@@ -52,7 +52,6 @@ def test_local_learning_options(model, options, message):
 @pytest.mark.parametrize(
     'name, fix',
     [
-        ('AmpOptimWrapper', 'train without --amp'),
         ('ApexOptimWrapper', 'train without Apex'),
         ('DeepSpeedOptimWrapper', 'train without DeepSpeed'),
         ('OptimWrapper', "keep optim_wrapper.type='LocalLearningOptimWrapper'"),

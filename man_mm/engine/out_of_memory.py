@@ -1,0 +1,91 @@
+"""Tells in which module memory ran out, and what to do."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from man_mm.core import LocalLearner, LocalModule
+from man_mm.core.peaks import predict
+from man_mm.core.plan import Measure, format_bytes
+
+
+@contextmanager
+def explains_out_of_memory(
+    learner: LocalLearner,
+    measure: Measure | None,
+    shape: Callable[[], tuple[int, ...]],
+) -> Iterator[None]:
+    """Adds to an out-of-memory error which module was running.
+
+    Args:
+        learner: The learner whose step runs inside.
+        measure: Measures what units cost for images of a shape, once the memory of
+            the failed step is free again.
+        shape: Gives the shape ``(N, C, H, W)`` of the images.
+
+    Raises:
+        RuntimeError: Of the error's own type, in its place.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        # The maps of the failed step live in the frames of its traceback.
+        traceback.clear_frames(error.__traceback__)
+        module = learner.modules[len(learner.losses)]
+        message = _explain(learner, module, measure, shape())
+        raise type(error)(f'{message}\n{error}') from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    name, text = type(error).__name__, str(error)
+    # The allocator of the CPU has no type of its own.
+    return name in ('MemoryError', 'OutOfMemoryError') or 'CPUAllocator' in text
+
+
+def _explain(
+    learner: LocalLearner,
+    module: LocalModule,
+    measure: Measure | None,
+    shape: tuple[int, ...],
+) -> str:
+    first, last = module.units[0].name, module.units[-1].name
+    lines = [
+        f'Memory ran out in {module.name} of {len(learner.modules)} ({first!r} to '
+        f'{last!r}), with images {shape}.'
+    ]
+    try:
+        peaks = _predict(learner, measure, shape)
+    except Exception:  # what fails now must not hide why training failed
+        peaks = []
+    if peaks:
+        lines.append(
+            f'Its predicted peak is {format_bytes(peaks[module.index])} above model, '
+            f'heads and optimizer; the largest module needs {format_bytes(max(peaks))}.'
+        )
+    count, _, height, width = shape
+    lines.append(
+        'See what each module needs, and find cuts that need less, with\n'
+        f'    python tools/plan_partition.py CONFIG --batch {count} --size {height} '
+        f'{width} --num-modules {len(learner.modules) + 1}\n'
+        'or lower the batch size, or set '
+        'optim_wrapper.local_learning.micro_batch_size.'
+    )
+    return '\n'.join(lines)
+
+
+def _predict(
+    learner: LocalLearner, measure: Measure | None, shape: Sequence[int]
+) -> list[int]:
+    """Peak bytes of each module."""
+    if measure is None:
+        return []
+    costs = measure(shape)
+    ends = [
+        1 + next(i for i, cost in enumerate(costs) if module.cut in cost.names)
+        for module in learner.modules
+    ]
+    return [planned.peak for planned in predict(costs, ends).modules]

@@ -1,0 +1,149 @@
+"""Trouble in training: gradients that are not finite, images without boxes, memory."""
+
+import copy
+
+import pytest
+import torch
+from conftest import batch_of, build_detector, build_wrapper, detector_config
+
+from man_mm.engine import optim_wrapper
+
+
+@pytest.fixture
+def model():
+    return build_detector(detector_config('retinanet', 18))
+
+
+def moved(model, wrapper):
+    """Which modules a step trains."""
+    learner = wrapper.learner
+    before = [copy.deepcopy(learner.params(m)) for m in learner.modules]
+    model.train_step(batch_of(), wrapper)
+    return [
+        not all(torch.equal(a, b) for a, b in zip(old, learner.params(m), strict=True))
+        for old, m in zip(before, learner.modules, strict=True)
+    ]
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Makes a head's loss what it is told, through the head's real graph."""
+
+    def break_head(head, value):
+        def replaced(*args):
+            losses = type(head).forward(head, *args)
+            return dict(loss=sum(losses['loss_cls']) * value)
+
+        monkeypatch.setattr(head, 'forward', replaced)
+
+    return break_head
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('update', ['module', 'iteration'])
+def test_a_bad_loss_skips_its_own_module_only(model, broken, update, value):
+    wrapper = build_wrapper(model, update=update)
+    assert moved(model, wrapper) == [True] * 4  # control
+    broken(wrapper.learner.heads[1], value)
+    assert moved(model, wrapper) == [True, False, True, True]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_clipping_by_value_does_not_hide_an_infinite_gradient(model, broken):
+    wrapper = build_wrapper(model, clip_grad=dict(type='value', clip_value=0.1))
+    broken(wrapper.learner.heads[1], float('inf'))
+    assert moved(model, wrapper) == [True, False, True, True]
+
+
+def test_a_global_norm_leaves_bad_modules_out(model, broken):
+    wrapper = build_wrapper(
+        model, clip_grad=dict(max_norm=1.0), update='iteration', clip='global'
+    )
+    broken(wrapper.learner.heads[1], float('nan'))
+    assert moved(model, wrapper) == [True, False, True, True]
+
+
+def test_a_module_that_stays_broken_ends_the_run(model, broken, monkeypatch):
+    monkeypatch.setattr(optim_wrapper, '_MOST_SKIPS', 2)
+    wrapper = build_wrapper(model)
+    for value in (float('nan'), 1.0):  # one good iteration starts the count again
+        broken(wrapper.learner.heads[2], value)
+        model.train_step(batch_of(), wrapper)
+    broken(wrapper.learner.heads[2], float('nan'))
+    for _ in range(2):
+        model.train_step(batch_of(), wrapper)
+    with pytest.raises(FloatingPointError, match=r"module3 .*'backbone.layer3.1'.*lr"):
+        model.train_step(batch_of(), wrapper)
+
+
+def test_update_of_each_parameter_cannot_skip(model, broken):
+    wrapper = build_wrapper(model, update='parameter')
+    broken(wrapper.learner.heads[0], float('nan'))
+    with pytest.raises(FloatingPointError, match="module1 is nan.*update='module'"):
+        model.train_step(batch_of(), wrapper)
+
+
+def test_images_without_boxes(model):
+    wrapper = build_wrapper(model)
+    batch = batch_of()
+    for sample in batch['data_samples']:
+        sample.gt_instances = sample.gt_instances[:0]
+    before = copy.deepcopy(list(model.parameters()))
+    model.train_step(batch, wrapper)
+    assert all(loss.isfinite() for loss in wrapper.learner.losses.values())
+    # All that they are told is that there is nothing.
+    assert not torch.equal(before[0], next(model.parameters()))
+
+
+def run_out_of_memory(*_):
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+def run_out_of_cuda_memory(*_):
+    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+
+
+@pytest.mark.parametrize('error', [run_out_of_memory, run_out_of_cuda_memory])
+@pytest.mark.parametrize('phase', ['forward', 'head', 'backward'])
+def test_out_of_memory_names_the_module(model, error, phase):
+    wrapper = build_wrapper(model)
+    model.train_step(batch_of(), wrapper)  # control
+    unit = model.backbone.layer3[0]
+    calls = iter([error])  # not when it is measured what the module needs
+
+    def fail(*args):
+        next(calls, lambda *_: None)(*args)
+
+    if phase == 'forward':
+        unit.register_forward_hook(fail)
+    elif phase == 'head':
+        wrapper.learner.heads[2].register_forward_pre_hook(fail)
+    else:
+        unit.conv1.weight.register_hook(fail)
+    kind = RuntimeError if error is run_out_of_memory else torch.OutOfMemoryError
+    with pytest.raises(kind) as caught:
+        model.train_step(batch_of(), wrapper)
+    message = str(caught.value)
+    assert "module3 of 4 ('backbone.layer3.0' to 'backbone.layer3.1')" in message
+    assert 'predicted peak is ' in message and ' MiB' in message
+    assert '--batch 2 --size 64 96 --num-modules 5' in message
+    assert 'allocate' in message  # what torch said
+
+
+def test_out_of_memory_in_the_last_module(model):
+    wrapper = build_wrapper(model)
+    model.bbox_head.retina_cls.weight.register_hook(run_out_of_cuda_memory)
+    with pytest.raises(torch.OutOfMemoryError, match='module4 of 4'):
+        model.train_step(batch_of(), wrapper)
+
+
+def test_other_errors_stay_as_they_are(model):
+    wrapper = build_wrapper(model)
+
+    def fail(*_):
+        raise RuntimeError('something else')
+
+    model.backbone.layer3[0].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match='^something else$'):
+        model.train_step(batch_of(), wrapper)

@@ -8,9 +8,12 @@ optim_wrapper = dict(
     type='LocalLearningOptimWrapper',
     constructor='LocalLearningOptimWrapperConstructor',
     local_learning=dict(
-        partition=dict(type='StagePartition'),
-        aux_head=dict(type='MANHead'),
-        aux_lr_mult=3.0,
+        partition=dict(
+            type='CutPartition',
+            cuts=[f'generator.trunk_net.{block}' for block in (1, 3, 5)],
+        ),
+        aux_head=dict(type='MANHead', channels=32),
+        aux_lr_mult=6.0,
     ),
 )
 default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))

@@ -48,7 +48,8 @@ def check_model_wrapper(model: nn.Module) -> None:
 
     Raises:
         ValueError: For FSDP, DeepSpeed and everything else but
-            ``MMDistributedDataParallel``.
+            ``MMDistributedDataParallel``, and if that is to
+            ``detect_anomalous_params``.
     """
     wraps = is_model_wrapper(model) or isinstance(
         model, DataParallel | DistributedDataParallel
@@ -59,6 +60,12 @@ def check_model_wrapper(model: nn.Module) -> None:
             'backward pass of a module inside the forward pass: remove '
             'model_wrapper_cfg (and strategy) from the config, so that '
             'MMDistributedDataParallel is used.'
+        )
+    if getattr(model, 'detect_anomalous_params', False):
+        raise ValueError(
+            'model_wrapper_cfg.detect_anomalous_params looks for parameters that the '
+            "model's own loss does not reach, which are all but the last module's in "
+            'local learning: remove it.'
         )
 
 

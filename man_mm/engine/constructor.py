@@ -40,7 +40,18 @@ _DEFAULTS = dict(
     micro_batch_size=None,
     recompute=(),
     efficient_conv_bn_eval=True,
+    base_constructor='DefaultOptimWrapperConstructor',
 )
+_PARAMWISE_KEYS = {
+    'bias_decay_mult',
+    'bias_lr_mult',
+    'bypass_duplicate',
+    'custom_keys',
+    'dcn_offset_lr_mult',
+    'dwconv_decay_mult',
+    'flat_decay_mult',
+    'norm_decay_mult',
+}
 
 LEARNER_OPTIONS = (
     'partition',
@@ -72,14 +83,18 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       activations are computed again in the backward pass (activation checkpointing).
     - ``efficient_conv_bn_eval=True``: fold batch norms in evaluation mode into their
       convolutions; see `man_mm.core.conv_bn.fold_norms`.
+    - ``base_constructor='DefaultOptimWrapperConstructor'``: the constructor that
+      groups the model's parameters, such as
+      ``'LearningRateDecayOptimWrapperConstructor'`` of mmpretrain for layer-wise
+      decay. The heads' parameters are grouped by mmengine's.
 
     Args:
         optim_wrapper_cfg: The config's ``optim_wrapper``.
         paramwise_cfg: Its ``paramwise_cfg``; applies to the heads too.
 
     Raises:
-        ValueError: If a key is unknown, another wrapper type is configured, or there is
-            no optimizer or several.
+        ValueError: If a key is unknown, another wrapper type is configured, there is
+            no optimizer or several, or ``paramwise_cfg`` is for another constructor.
     """
 
     def __init__(
@@ -109,6 +124,13 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 'optimizer; those with several, such as GANs, are not supported.'
             )
         check_wrapper_type(wrapper)
+        for_others = sorted(set(paramwise_cfg or {}) - _PARAMWISE_KEYS)
+        if for_others and 'base_constructor' not in given:
+            raise ValueError(
+                f'optim_wrapper.paramwise_cfg has {for_others}, for a constructor that '
+                'LocalLearningOptimWrapperConstructor replaces: name it in '
+                'optim_wrapper.local_learning.base_constructor.'
+            )
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
     def __call__(self, model: nn.Module) -> LocalLearningOptimWrapper:
@@ -123,8 +145,8 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             model = model.module
         options = {key: self.options[key] for key in LEARNER_OPTIONS}
         learner = build_learner(model, **options)
-        groups = self._groups(model)
-        for group in self._groups(learner.heads):
+        groups = self._model_groups(model)
+        for group in self._head_groups(learner.heads):
             if self.base_lr is not None:
                 lr = group.get('lr', self.base_lr)
                 group['lr'] = lr * self.options['aux_lr_mult']
@@ -144,11 +166,23 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             ),
         )
 
-    def _groups(self, module: nn.Module) -> list[dict]:
+    def _model_groups(self, model: nn.Module) -> list[dict]:
+        constructor = root.OPTIM_WRAPPER_CONSTRUCTORS.build(
+            dict(
+                type=self.options['base_constructor'],
+                optim_wrapper_cfg=dict(
+                    type='OptimWrapper', optimizer=dict(self.optimizer_cfg)
+                ),
+                paramwise_cfg=self.paramwise_cfg or None,
+            )
+        )
+        return list(constructor(model).optimizer.param_groups)
+
+    def _head_groups(self, heads: nn.Module) -> list[dict]:
         groups: list[dict] = []
         if self.paramwise_cfg:
-            self.add_params(groups, module)
-        elif params := list(module.parameters()):
+            self.add_params(groups, heads)
+        elif params := list(heads.parameters()):
             groups.append(dict(params=params))
         return groups
 

@@ -23,6 +23,7 @@ from .engine import (
     LocalLearningOptimWrapperConstructor,
     MemoryBankHook,
     ResumeHook,
+    SafeCheckpointHook,
     build_learner,
 )
 from .version import __version__
@@ -43,6 +44,7 @@ __all__ = [
     'MemoryBank',
     'MemoryBankHook',
     'ResumeHook',
+    'SafeCheckpointHook',
     'StagePartition',
     'Unit',
     '__version__',

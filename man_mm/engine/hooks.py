@@ -35,7 +35,9 @@ class MemoryBankHook(Hook):
         check_wrapper_type(type(runner.optim_wrapper).__name__)
         runner.optim_wrapper.learner.bank = self.bank
         if not any(isinstance(hook, ResumeHook) for hook in runner.hooks):
-            runner.register_hook(ResumeHook())
+            hook = ResumeHook()
+            runner.register_hook(hook)
+            hook.before_run(runner)  # it comes too late to be called by the runner
 
     def after_train_iter(
         self,

@@ -13,11 +13,14 @@ from torch.utils.data import DataLoader
 
 
 def get_random_state() -> dict[str, Any]:
-    """States of Python's, numpy's and torch's generators, as plain data."""
+    """States of Python's, numpy's and torch's generators, as plain data.
+
+    Lists of numbers are tensors: a checkpoint with thousands of them loads slowly.
+    """
     version, keys, *rest = np.random.get_state()
     python_version, python_state, gauss = random.getstate()
     return dict(
-        python=[python_version, list(python_state), gauss],
+        python=[python_version, torch.tensor(python_state), gauss],
         numpy=[version, torch.from_numpy(keys.astype(np.int64)), *rest],
         torch=torch.get_rng_state(),
         cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -27,7 +30,7 @@ def get_random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Restores what `get_random_state` returned."""
     version, python_state, gauss = state['python']
-    random.setstate((version, tuple(python_state), gauss))
+    random.setstate((version, tuple(python_state.tolist()), gauss))
     name, keys, *rest = state['numpy']
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state['torch'].cpu())

@@ -31,8 +31,10 @@ class ResumeHook(Hook):
       ones and says so; a damaged one that was named is an error.
 
     Workers of a data loader that outlive an epoch are started anew in each epoch,
-    because their random state cannot be saved. Samplers that shuffle by the global
-    random state, as torch's ``RandomSampler``, repeat in epoch-based loops only.
+    because their random state cannot be saved. Not repeated exactly, and told in the
+    log: another number of processes, and a checkpoint between two updates of
+    accumulated gradients. Samplers that shuffle by the global random state, as torch's
+    ``RandomSampler``, repeat in epoch-based loops only.
     """
 
     priority = 'VERY_HIGH'
@@ -62,6 +64,7 @@ class ResumeHook(Hook):
         # Nothing was gathered if another hook saves, on rank 0 alone.
         ranks, self._gathered = self._gathered or [self._state()], None
         if 'optimizer' in checkpoint:
+            _warn_of_gradients(runner)
             checkpoint[KEY] = dict(
                 format=FORMAT,
                 ranks=ranks,
@@ -155,6 +158,18 @@ class ResumeHook(Hook):
         # In a validation: the state that training goes on with.
         now = self._before_val or get_random_state()
         return dict(now=now, epoch_start=self._epoch_start)
+
+
+def _warn_of_gradients(runner: Runner) -> None:
+    wrapper = runner.optim_wrapper
+    params = (p for group in wrapper.param_groups for p in group['params'])
+    if any(param.grad is not None for param in params):
+        runner.logger.warning(
+            'This checkpoint is saved between two updates, and without the gradients '
+            'accumulated so far: a run resumed from it will not repeat this one '
+            'exactly. Set default_hooks.checkpoint.interval to a multiple of '
+            f'optim_wrapper.accumulative_counts={wrapper._accumulative_counts}.'
+        )
 
 
 def _is_validation_due(runner: Runner, resumed: dict[str, Any]) -> bool:

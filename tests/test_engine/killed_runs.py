@@ -11,7 +11,7 @@ from short_runs import build_runner
 from man_mm.engine import resume
 from man_mm.engine.plain_data import from_plain_data
 
-build_restorer('swinir')  # imports all that runs need
+build_restorer('edsr')  # imports all that runs need
 torch.set_num_threads(1)
 
 

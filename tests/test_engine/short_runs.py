@@ -66,7 +66,7 @@ def build_runner(work_dir, epochs=None, iters=None, workers=0, **overrides):
     )  # fmt: skip
     wrapper = dict(LOCAL_LEARNING, optimizer=dict(type='SGD', lr=1e-3, momentum=0.9))
     settings = dict(
-        model=build_restorer('swinir', depths=[1, 1], num_heads=[2, 2]),
+        model=build_restorer('edsr', num_blocks=3, mid_channels=4),
         work_dir=str(work_dir),
         train_dataloader=loader,
         train_cfg=train_cfg,

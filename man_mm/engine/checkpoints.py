@@ -98,10 +98,10 @@ def read_checkpoint(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             'holds code, or objects that torch does not load safely '
-            f'({_last_words(error)})'
+            f'({_first_line(error)})'
         ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f'is damaged ({_last_words(error)})') from error
+        raise CheckpointError(f'is damaged ({_first_line(error)})') from error
 
 
 def _check_archive(path: Path) -> None:
@@ -255,9 +255,9 @@ def _check_optimizer(runner: Runner, saved: dict[str, Any]) -> None:
         # Loading is the check; what is resumed is loaded over it.
         wrapper.load_state_dict(saved)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f'does not fit: {error}'.rstrip('.')) from error
+        raise CheckpointError(f'does not fit: {_first_line(error)}') from error
 
 
-def _last_words(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _first_line(error: Exception) -> str:
+    lines = [line.strip(' .:') for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

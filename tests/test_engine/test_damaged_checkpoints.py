@@ -88,9 +88,15 @@ def content(change):
 
     def damage(path):
         checkpoint = torch.load(path, weights_only=True)
-        torch.save(change(checkpoint) or checkpoint, path)
+        change(checkpoint)
+        torch.save(checkpoint, path)
 
     return damage
+
+
+def instead(change):
+    """Saves something else."""
+    return lambda path: torch.save(change(torch.load(path, weights_only=True)), path)
 
 
 def old_format(path):
@@ -124,23 +130,23 @@ KINDS = {
     'a web page': (write(b'<html>404</html>'), 'is not a file of torch.save'),
     'zip of numpy': (archive, 'is a zip archive, but not one of torch.save'),
     'old torch': (old_format, r'is not a file of torch.save \(1.6 or later\)'),
-    'code': (content(lambda c: dict(c, more=Attack())), 'holds code, or objects'),
-    'a list': (content(lambda c: [c]), 'holds a list, not the dictionary'),
+    'code': (instead(lambda c: dict(c, more=Attack())), 'holds code, or objects'),
+    'a list': (instead(lambda c: [c]), 'holds a list, not the dictionary'),
     'weights': (
-        content(lambda c: dict(c['state_dict'])),
+        instead(lambda c: dict(c['state_dict'])),
         "is not of a training run .*'meta'.*set load_from without resume",
     ),
-    'no log': (content(lambda c: c.pop('message_hub') and None), "no 'message_hub'"),
+    'no log': (content(lambda c: c.pop('message_hub')), "no 'message_hub'"),
     'no progress': (
-        content(lambda c: c['meta'].pop('iter') and None),
+        content(lambda c: c['meta'].pop('iter')),
         'does not say how far it is',
     ),
     'published': (
-        content(lambda c: c.pop('optimizer') and None),
+        content(lambda c: c.pop('optimizer')),
         'has no optimizer.*set load_from without resume',
     ),
     'end-to-end': (
-        content(lambda c: c['optimizer'].pop('local_learning') and None),
+        content(lambda c: c['optimizer'].pop('local_learning')),
         'was not trained by local learning',
     ),
     'other partition': (
@@ -148,7 +154,7 @@ KINDS = {
         'resume with the partition and aux_head that it was trained with',
     ),
     'other model': (
-        content(lambda c: c['state_dict'].pop('generator.conv_first.bias') and None),
+        content(lambda c: c['state_dict'].pop('generator.conv_first.bias')),
         "is of another model: 1 of .* first 'generator.conv_first.bias'",
     ),
     'other width': (
@@ -160,12 +166,12 @@ KINDS = {
         "another shape, first 'generator.conv_first.weight'",
     ),
     'NaN': (
-        content(lambda c: weight(c).fill_(torch.nan) and None),
+        content(lambda c: weight(c).fill_(torch.nan)),
         "has NaN in 'generator.conv_first.weight': the training had diverged",
     ),
     'other optimizer': (content(adam), 'is of another optimizer than SGD'),
     'fewer parameters': (
-        content(lambda c: c['optimizer']['param_groups'][0]['params'].pop() and None),
+        content(lambda c: c['optimizer']['param_groups'][0]['params'].pop()),
         'does not fit: ',
     ),
     'newer': (
@@ -182,11 +188,13 @@ def test_damage(kind, runner, work_dir):
     # Automatic: the one before.
     assert choose(runner, work_dir) == str(work_dir / 'iter_2.pth')
     assert len(runner.warnings) == 1
-    assert re.search(f'^Not resumed: .*iter_3.pth {reason}', runner.warnings[0])
-    # Named: an error, of one line unless torch explains more.
+    assert re.search(f'^Not resumed: .*iter_3.pth .*{reason}', runner.warnings[0])
+    assert '\n' not in runner.warnings[0]
+    # Named: an error.
     named = str(work_dir / 'iter_3.pth')
     with pytest.raises(
-        CheckpointError, match=f'^The checkpoint .*3.pth cannot be resumed: it {reason}'
+        CheckpointError,
+        match=f'^The checkpoint .*3.pth cannot be resumed: it .*{reason}',
     ):
         choose(runner, work_dir, named)
 
@@ -246,5 +254,7 @@ def test_a_run_falls_back_and_loses_nothing(whole, work_dir, monkeypatch):
     cut(work_dir / 'iter_3.pth')
     with monkeypatch.context() as patch:
         patch.setattr(resume, 'choose_checkpoint', lambda runner: None)
-        with pytest.raises(RuntimeError):  # the control: mmengine alone gives up
+        with pytest.raises(
+            (RuntimeError, OSError)
+        ):  # the control: mmengine alone gives up
             train(work_dir, iters=ITERS)

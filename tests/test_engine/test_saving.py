@@ -31,8 +31,6 @@ class FullDiskHook(Hook):
             if name.endswith(f'iter_{runner.iter + 1}.pth'):
                 Path(runner.work_dir, f'{name}.tmp').symlink_to('/dev/full')
 
-    after_val_epoch = after_train_iter
-
 
 def train_on_full_disk(work_dir, names, **overrides):
     runner = build_runner(work_dir, iters=ITERS, **overrides)
@@ -65,7 +63,6 @@ def test_training_goes_on_after_a_failed_save(tmp_path):
 
 def test_a_failed_last_save_is_an_error_and_the_earlier_is_there(tmp_path):
     work_dir = tmp_path / 'full'
-    # Iteration 4 is saved before and after its validation.
     with pytest.raises(OSError, match='its end is not saved. iter_4.pth could not be'):
         train_on_full_disk(
             work_dir, ['iter_4.pth'],

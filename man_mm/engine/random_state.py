@@ -48,7 +48,7 @@ def restart_workers(loader: DataLoader, epoch: int) -> None:
         loader: The training data loader.
         epoch: The epoch that begins.
     """
-    if loader.num_workers == 0 or not loader.persistent_workers or epoch == 0:
+    if epoch == 0 or not getattr(loader, 'persistent_workers', False):
         return
     init = loader.worker_init_fn
     if isinstance(init, partial) and init.func is _init_worker:

@@ -194,3 +194,9 @@ def test_another_number_of_processes_is_told(tmp_path):
     runner.logger.warning = warnings.append
     runner.train()
     assert any('random state for each of the 1 processes' in w for w in warnings)
+
+
+def test_validation_alone(tmp_path):
+    """The hooks stay out of a run that does not train."""
+    metrics = build_runner(tmp_path, custom_hooks=[], **ITERS).val()
+    assert set(metrics) == {'noise'} and not list(tmp_path.glob('*.pth'))

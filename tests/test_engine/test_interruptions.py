@@ -198,5 +198,6 @@ def test_another_number_of_processes_is_told(tmp_path):
 
 def test_validation_alone(tmp_path):
     """The hooks stay out of a run that does not train."""
-    metrics = build_runner(tmp_path, custom_hooks=[], **ITERS).val()
+    options = dict(custom_hooks=[], checkpoint=dict(save_best=None))
+    metrics = build_runner(tmp_path, **options, **ITERS).val()
     assert set(metrics) == {'noise'} and not list(tmp_path.glob('*.pth'))

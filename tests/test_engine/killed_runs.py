@@ -1,18 +1,22 @@
 """What a killed process runs; importing it warms up a server to fork from."""
 
+import gc
 import os
 import signal
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from conftest import build_restorer
 from mmengine.hooks import Hook
-from short_runs import build_runner
+from short_runs import build_runner, train
 
 from man_mm.engine import resume
 from man_mm.engine.plain_data import from_plain_data
 
-build_restorer('edsr')  # imports all that runs need
 torch.set_num_threads(1)
+with TemporaryDirectory() as _folder:  # a first run imports much
+    train(Path(_folder), iters=1)
+gc.freeze()  # or each fork would copy all of it when it collects garbage
 
 
 class ReportHook(Hook):

@@ -24,6 +24,7 @@ from .engine import (
     LocalLearningOptimWrapperConstructor,
     MemoryBankHook,
     ResumeHook,
+    SafeCheckpointHook,
     build_learner,
 )
 from .version import __version__
@@ -45,6 +46,7 @@ __all__ = [
     'MemoryBank',
     'MemoryBankHook',
     'ResumeHook',
+    'SafeCheckpointHook',
     'StagePartition',
     'Unit',
     '__version__',

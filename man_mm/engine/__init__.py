@@ -10,6 +10,7 @@ from .constructor import LocalLearningOptimWrapperConstructor, build_learner
 from .hooks import MemoryBankHook
 from .optim_wrapper import LocalLearningOptimWrapper
 from .resume import ResumeHook
+from .saving import SafeCheckpointHook
 
 for _partition in (StagePartition, CutPartition, BalancedPartition):
     root.TASK_UTILS.register_module(module=_partition)
@@ -22,5 +23,6 @@ __all__ = [
     'LocalLearningOptimWrapperConstructor',
     'MemoryBankHook',
     'ResumeHook',
+    'SafeCheckpointHook',
     'build_learner',
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 from mmengine import registry as root
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
 from man_mm.core import MemoryBank
@@ -32,10 +33,14 @@ class MemoryBankHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Hands the bank to the learner, before a checkpoint is loaded into it."""
+        if not isinstance(runner.optim_wrapper, OptimWrapper):
+            return  # testing or validating alone: the wrapper is not built
         check_wrapper_type(type(runner.optim_wrapper).__name__)
         runner.optim_wrapper.learner.bank = self.bank
         if not any(isinstance(hook, ResumeHook) for hook in runner.hooks):
-            runner.register_hook(ResumeHook())
+            hook = ResumeHook()
+            runner.register_hook(hook)
+            hook.before_run(runner)  # it comes too late to be called by the runner
 
     def after_train_iter(
         self,

@@ -89,7 +89,7 @@ def equal(a, b, path=''):
     return [] if a == b else [path]
 
 
-KEYS = ('state_dict', 'optimizer', 'random_state', 'param_schedulers')
+KEYS = ('state_dict', 'optimizer', 'man_mm', 'param_schedulers')
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -122,7 +122,7 @@ def test_published_checkpoint_is_clean(digits, tmp_path):
         'retinanet', digits, tmp_path / 'run',
         **{'default_hooks.checkpoint.save_optimizer': False},
     )  # fmt: skip
-    assert 'optimizer' not in saved and 'random_state' not in saved
+    assert 'optimizer' not in saved and 'man_mm' not in saved
     assert not any('aux' in key or 'heads' in key for key in saved['state_dict'])
 
 
@@ -196,6 +196,6 @@ class TestRestorers:
         whole = self.run(tmp_path / 'whole', 4)
         stopped = self.run(tmp_path / 'stopped', 2)
         resumed = self.run(tmp_path / 'stopped', 4)
-        for key in ('state_dict', 'optimizer', 'random_state'):
+        for key in ('state_dict', 'optimizer', 'man_mm'):
             assert equal(whole[key], resumed[key]) == []
-            assert key == 'random_state' or equal(whole[key], stopped[key])  # control
+            assert key == 'man_mm' or equal(whole[key], stopped[key])  # control

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, 'tools')
 from make_digits import make_digits
@@ -41,8 +42,8 @@ def data_options(digits):
     return options
 
 
-def mim(command, config, work_dir, *options, args=(), package='mmdet'):
-    parts = [MIM, command, package, config, '--gpus', '0', '--work-dir', work_dir]
+def mim(command, config, work_dir, *options, args=(), package='mmdet', gpus=0):
+    parts = [MIM, command, package, config, '--gpus', gpus, '--work-dir', work_dir]
     done = subprocess.run(
         [*map(str, parts), *map(str, args), '--cfg-options', *options],
         capture_output=True,
@@ -94,6 +95,28 @@ def test_train_then_test_with_the_stock_config(digits, tmp_path):
         f'load_from={man}/iter_4.pth',
     )  # fmt: skip
     assert 'Load checkpoint from' in output and 'unexpected key' not in output
+
+
+def test_two_processes_on_a_cpu_and_mixed_precision(digits, tmp_path):
+    """``--launcher pytorch`` and ``--amp``, as on a machine with GPUs."""
+    output = mim(
+        'train', DEMO.format('man', 'man_'), tmp_path,
+        *data_options(digits),
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+        'default_hooks.checkpoint.interval=2',
+        'default_hooks.logger.interval=1',
+        'train_dataloader.batch_size=2',
+        args=['--launcher', 'pytorch', '--amp'],
+        gpus=2,
+    )  # fmt: skip
+    assert 'Distributed training: True' in output
+    keys = {f'module{i}/{k}' for i in (1, 2, 3) for k in ('loss', 'grad_norm')}
+    rows = scalars(tmp_path)
+    assert all(keys <= row.keys() for row in rows if 'loss' in row)
+    assert any('coco/bbox_mAP' in row for row in rows)
+    saved = torch.load(tmp_path / 'iter_2.pth', weights_only=True)
+    assert len(saved['optimizer']['loss_scalers']) == 4  # mixed precision was on
 
 
 def test_stock_config_by_options_alone(digits, tmp_path):

@@ -232,7 +232,7 @@ def schedulers(run):
 def scaled_rate(run):
     runner = run(auto_scale_lr=dict(enable=True, base_batch_size=8))
     images = 4 if run.column == 'two processes' else 2
-    rates = [group['lr'] for group in runner.optim_wrapper.param_groups]
+    rates = [group['lr'] for group in runner.optim_wrapper.optimizer.param_groups]
     assert rates == pytest.approx(2 * [0.1 * images / 8])
 
 

@@ -1,13 +1,19 @@
 """man_mm: supervised local learning for OpenMMLab."""
 
 from .aux_heads import (
+    AugLocalHead,
     AuxHead,
     AuxSite,
+    DGLHead,
+    InfoProHead,
     MANClsHead,
     MANDetHead,
     MANHead,
     MANSRHead,
+    MomentumHead,
+    PredSimHead,
 )
+from .backbones import CIFARResNet
 from .core import (
     BalancedPartition,
     CutPartition,
@@ -15,6 +21,7 @@ from .core import (
     LocalModule,
     MemoryBank,
     StagePartition,
+    UniformPartition,
     Unit,
     split,
 )
@@ -28,10 +35,14 @@ from .engine import (
 from .version import __version__
 
 __all__ = [
+    'AugLocalHead',
     'AuxHead',
     'AuxSite',
     'BalancedPartition',
+    'CIFARResNet',
     'CutPartition',
+    'DGLHead',
+    'InfoProHead',
     'LocalLearner',
     'LocalLearningOptimWrapper',
     'LocalLearningOptimWrapperConstructor',
@@ -42,8 +53,11 @@ __all__ = [
     'MANSRHead',
     'MemoryBank',
     'MemoryBankHook',
+    'MomentumHead',
+    'PredSimHead',
     'ResumeHook',
     'StagePartition',
+    'UniformPartition',
     'Unit',
     '__version__',
     'build_learner',

@@ -81,6 +81,7 @@ def find_units(model: nn.Module) -> list[Unit]:
                     unit,
                     name=f'{place}.{unit.name}',
                     parts=tuple(f'{place}.{part}' for part in unit.parts),
+                    params=tuple(f'{place}.{param}' for param in unit.params),
                 )
                 for unit in _ADAPTERS[name](backbone)
             ]
@@ -126,15 +127,19 @@ def probe(
         ValueError: If the units are not on a single path.
     """
     _, backbone = find_backbone(model)
+    inputs: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
     calls: dict[str, list[tuple[tuple, Any]]] = {unit.name: [] for unit in units}
-    entered: list[Tensor] = []
-    first = model.get_submodule(units[0].parts[0])
-    handles = [first.register_forward_pre_hook(lambda _, args: entered.append(args[0]))]
+    handles = []
     for unit in units:
+
+        def enter(_m, args, name=unit.name):
+            inputs[name].append(args[0])
 
         def record(_m, args, output, name=unit.name):
             calls[name].append((args, output))
 
+        start = model.get_submodule(unit.parts[0])
+        handles.append(start.register_forward_pre_hook(enter))
         handles.append(model.get_submodule(unit.name).register_forward_hook(record))
     try:
         with _evaluating(backbone):
@@ -149,8 +154,9 @@ def probe(
     taps: list[Tap] = []
     previous = None
     for unit in units:
-        runs = calls[unit.name]
-        chained = len(runs) == 1 and (not taps or runs[0][0][0] is previous)
+        runs, entered = calls[unit.name], inputs[unit.name]
+        once = len(runs) == 1 and len(entered) == 1
+        chained = once and (not taps or entered[0] is previous)
         if not (chained and isinstance(runs[0][1], Tensor)):
             raise ValueError(
                 f'{type(backbone).__name__} cannot be cut around {unit.name!r}: it is '
@@ -159,7 +165,7 @@ def probe(
         args, previous = runs[0]
         map_ = unit.as_map(previous, args) if unit.as_map else previous
         taps.append(tap(unit.name, unit.stage, map_))
-    return tap(ENTRY, -1, entered[0]), taps
+    return tap(ENTRY, -1, inputs[units[0].name][0]), taps
 
 
 def find_scale(backbone: nn.Module, size: int = 16) -> int:

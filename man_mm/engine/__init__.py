@@ -2,7 +2,12 @@
 
 from mmengine import registry as root
 
-from man_mm.core import BalancedPartition, CutPartition, StagePartition
+from man_mm.core import (
+    BalancedPartition,
+    CutPartition,
+    StagePartition,
+    UniformPartition,
+)
 
 from . import compat
 from .constructor import LocalLearningOptimWrapperConstructor, build_learner
@@ -10,7 +15,7 @@ from .hooks import MemoryBankHook
 from .optim_wrapper import LocalLearningOptimWrapper
 from .resume import ResumeHook
 
-for _partition in (StagePartition, CutPartition, BalancedPartition):
+for _partition in (StagePartition, UniformPartition, CutPartition, BalancedPartition):
     root.TASK_UTILS.register_module(module=_partition)
 compat.allow_safe_loading()
 

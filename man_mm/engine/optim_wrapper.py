@@ -147,6 +147,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             self._finish(modules[-1])
             if self.update == 'iteration':
                 self._step(modules, **(step_kwargs or {}))
+            self.learner.updated()
         for name, value in self.learner.losses.items():
             self.message_hub.update_scalar(f'train/{name}/loss', value)
 

@@ -112,10 +112,12 @@ def build_classifier(depth: int, head: dict | None = None, **kwargs):
     return model.train()
 
 
-def labelled_images(size: int = 4, side: int = 64, classes: int = 10):
+def labelled_images(
+    size: int = 4, side: int = 64, classes: int = 10, channels: int = 3
+):
     from mmpretrain.structures import DataSample
 
-    images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8)
+    images = torch.randint(256, (size, channels, side, side), dtype=torch.uint8)
     samples = [DataSample().set_gt_label(i % classes) for i in range(size)]
     return dict(inputs=list(images), data_samples=samples)
 

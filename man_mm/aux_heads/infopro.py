@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from man_mm.core import MemoryBank
 
 from .base import AuxHead, AuxSite
-from .classifier import linear_classifier
+from .classifier import count_classes, linear_classifier
 
 _DECODER = 12
 _FEATURES = 128
@@ -64,6 +64,7 @@ class InfoProHead(AuxHead):
                 'unit of this network: use another optim_wrapper.local_learning.'
                 'aux_head.'
             )
+        count_classes(site.model)  # refuses what has no labels
         own, last = site.own[-1], site.path[-1]
         self.own = own.name
         self.entry = site.entry.name

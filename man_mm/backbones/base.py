@@ -16,6 +16,8 @@ from man_mm.core.learner import ENTRY
 UnitsFn = Callable[[nn.Module], list[Unit]]
 
 _ADAPTERS: dict[str, UnitsFn] = {}
+_SIZE = 64  # pixels of the image with which a network is probed
+_STRIDE = 32  # of the coarsest map of any family
 _SEVERAL_PATHS = ('DetectoRS_ResNet', 'TridentResNet')
 
 
@@ -107,9 +109,7 @@ def find_backbone(model: nn.Module) -> tuple[str, nn.Module]:
     raise ValueError(f'{type(model).__name__} has no backbone to cut.')
 
 
-def probe(
-    model: nn.Module, units: Sequence[Unit], size: int = 64
-) -> tuple[Tap, list[Tap]]:
+def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
     """Runs the backbone once on a black image to learn the shape of every unit's map.
 
     It also proves that the units lie on one path: each one has to run once, and to
@@ -118,7 +118,6 @@ def probe(
     Args:
         model: Model with a backbone; left as it was, modes and buffers included.
         units: Its units, from `find_units`.
-        size: Height and width of the image in pixels.
 
     Returns:
         A tap of what enters the first unit, and one tap a unit.
@@ -127,6 +126,7 @@ def probe(
         ValueError: If the units are not on a single path.
     """
     _, backbone = find_backbone(model)
+    size = max(_SIZE, _STRIDE * _largest_window(backbone))
     inputs: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
     calls: dict[str, list[tuple[tuple, Any]]] = {unit.name: [] for unit in units}
     handles = []
@@ -199,6 +199,18 @@ def _evaluating(backbone: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _largest_window(backbone: nn.Module) -> int:
+    """The largest attention window that does not fit itself to a smaller map."""
+    return max(
+        (
+            module.window_size
+            for module in backbone.modules()
+            if not getattr(module, 'pad_small_map', True)
+        ),
+        default=0,
+    )
 
 
 def _black(backbone: nn.Module, size: int) -> Tensor:

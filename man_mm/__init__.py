@@ -25,6 +25,7 @@ from .core import (
     Unit,
     split,
 )
+from .datasets import STL10, SVHN
 from .engine import (
     LocalLearningOptimWrapper,
     LocalLearningOptimWrapperConstructor,
@@ -56,6 +57,8 @@ __all__ = [
     'MomentumHead',
     'PredSimHead',
     'ResumeHook',
+    'STL10',
+    'SVHN',
     'StagePartition',
     'UniformPartition',
     'Unit',

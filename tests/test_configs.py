@@ -17,11 +17,15 @@ from man_mm.engine.checks import check_start
 END_TO_END = sorted(Path('configs/end_to_end').glob('*.py'))
 CONFIGS = sorted(set(Path('configs').glob('*/*.py')) - set(END_TO_END))
 CLASSIFIERS = [path for path in END_TO_END if path.stem.startswith('resnet')]
+# As those on CIFAR-10, but for the data.
+OTHER_DATA = [p for p in (*CONFIGS, *CLASSIFIERS) if p.stem.endswith(('svhn', 'stl10'))]
 WIDTHS = {18: 1, 34: 1, 50: 4, 101: 4, 152: 4}
 SMALL = {
     'CIFARResNet': dict(base_channels=4),
     'SwinTransformer': dict(
-        arch=dict(embed_dims=8, depths=[1] * 4, num_heads=[2] * 4), img_size=64
+        arch=dict(embed_dims=8, depths=[1] * 4, num_heads=[2] * 4),
+        img_size=64,
+        window_size=2,
     ),
     'VisionTransformer': dict(
         arch=dict(embed_dims=8, num_layers=4, num_heads=2, feedforward_channels=8),
@@ -64,7 +68,8 @@ def shrink_restorer(generator):
 def batch_for(cfg, model):
     if cfg.model.type == 'ImageClassifier':
         grey = cfg.model.backbone.get('in_channels') == 1
-        return labelled_images(channels=1 if grey else 3)
+        small = cfg.model.backbone.type == 'CIFARResNet'
+        return labelled_images(side=16 if small else 64, channels=1 if grey else 3)
     if cfg.model.type == 'BaseEditModel':
         return image_pairs(scale=cfg.scale)
     return batch_of(classes=num_classes(model))
@@ -76,7 +81,9 @@ def expected_modules(path, cfg):
     return 3 if cfg.model.get('backbone', {}).get('frozen_stages', -1) == 1 else 4
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path', sorted(set(CONFIGS) - set(OTHER_DATA)), ids=lambda path: path.stem
+)
 def test_config_trains(path):
     cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)
@@ -109,7 +116,23 @@ def test_config_adds_only_local_learning(path):
     assert keys == expected
 
 
-@pytest.mark.parametrize('path', CLASSIFIERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', OTHER_DATA, ids=lambda path: path.stem)
+def test_other_data_sets_change_nothing_else(path):
+    cfg = Config.fromfile(path)
+    twin = Config.fromfile(re.sub('svhn|stl10', 'cifar10', str(path)))
+    assert cfg.model == twin.model and cfg.data_preprocessor != twin.data_preprocessor
+    local = cfg.optim_wrapper.get('local_learning')
+    assert local == twin.optim_wrapper.get('local_learning')
+    assert (local is None) == (path in END_TO_END)
+    kinds = {
+        loader.dataset.type for loader in (cfg.train_dataloader, cfg.test_dataloader)
+    }
+    assert kinds == {path.stem.rpartition('_')[2].upper()}
+
+
+@pytest.mark.parametrize(
+    'path', sorted(set(CLASSIFIERS) - set(OTHER_DATA)), ids=lambda path: path.stem
+)
 def test_the_end_to_end_twin_trains(path):
     cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)

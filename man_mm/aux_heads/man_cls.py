@@ -43,6 +43,9 @@ class MANClsHead(AuxHead):
         use_bank: Whether to read pooled maps of earlier modules. Default: True.
         fusion: How vectors from the bank enter: ``'concatenate'`` them to the SLM's
             features, or ``'add'``. Default: ``'concatenate'``.
+        norm: Norm of the light SLM: ``'GN'``, or ``'BN'``, which learns faster where
+            the batch is large: GroupNorm takes from each image what the pooling behind
+            it could tell images apart by. Default: ``'GN'``.
 
     Raises:
         ValueError: If an option is unknown or out of range, the model's head does not
@@ -60,11 +63,13 @@ class MANClsHead(AuxHead):
         num_blocks: int = 1,
         use_bank: bool = True,
         fusion: str = 'concatenate',
+        norm: str = 'GN',
     ) -> None:
         super().__init__()
         for key, value, known in (
             ('mode', mode, ('light', 'faithful')),
             ('fusion', fusion, ('concatenate', 'add')),
+            ('norm', norm, ('GN', 'BN')),
         ):
             if value not in known:
                 raise ValueError(
@@ -85,7 +90,9 @@ class MANClsHead(AuxHead):
         self.reads = frozenset(self.earlier)
         if mode == 'light':
             later = [tap.stride for tap in site.later]
-            self.slm = PooledSLM(own.channels, own.stride, later, channels, num_blocks)
+            self.slm = PooledSLM(
+                own.channels, own.stride, later, channels, num_blocks, norm
+            )
             width = _EXPANSION * channels
         else:
             self.slm = FullSLM(site, num_blocks)
@@ -126,6 +133,7 @@ class PooledSLM(nn.Module):
         later: Strides of the later stages, in order.
         channels: Width.
         num_blocks: 3×3 convolutions for each later stage. Default: 1.
+        norm: ``'GN'`` or ``'BN'``. Default: ``'GN'``.
     """
 
     def __init__(
@@ -135,17 +143,18 @@ class PooledSLM(nn.Module):
         later: list[int],
         channels: int,
         num_blocks: int = 1,
+        norm: str = 'GN',
     ) -> None:
         super().__init__()
         self.pool = 2 if max(later) > stride else 1
         stride *= self.pool
-        blocks = [conv_block(in_channels, channels, 1)]
+        blocks = [conv_block(in_channels, channels, 1, norm=norm)]
         for end in later:
             step = max(end // stride, 1)
             for first in [step] + [1] * (num_blocks - 1):
-                blocks.append(conv_block(channels, channels, 3, first))
+                blocks.append(conv_block(channels, channels, 3, first, norm))
             stride *= step
-        blocks.append(conv_block(channels, _EXPANSION * channels, 1))
+        blocks.append(conv_block(channels, _EXPANSION * channels, 1, norm=norm))
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, map_: Tensor) -> Tensor:

@@ -10,7 +10,13 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_wrapper, labelled_images
+from conftest import (
+    batch_of,
+    build_detector,
+    build_wrapper,
+    detector_config,
+    labelled_images,
+)
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -279,3 +285,25 @@ def test_patches_of_other_images():
     assert torch.equal(map_[1, :, 1, 2], tokens[1, 1 + 5])
     with pytest.raises(ValueError, match='8 patches are neither 2×3 nor a square'):
         vit_map(tokens[:, :9], (), extra=1, size=(2, 3))
+
+
+def detector(name):
+    cfg = detector_config('retinanet', 18)
+    cfg.model.backbone = copy.deepcopy(FAMILIES[name])
+    cfg.model.backbone.out_indices = (0, 1, 2, 3)
+    widths = [8, 8, 16, 16] if name == 'convnext' else [8, 16, 32, 64]
+    cfg.model.neck.in_channels = widths
+    return build_detector(cfg)
+
+
+@pytest.mark.parametrize('family', ['mmdet-swin', 'convnext'])
+def test_a_detector_trains(family):
+    model = detector(family)
+    wrapper = build_wrapper(model, optimizer=dict(type='AdamW', lr=1e-3))
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    model.train_step(batch_of(), wrapper)
+    assert list(wrapper.learner.losses) == ['module1', 'module2', 'module3']
+    after = dict(model.named_parameters())
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    # RetinaNet's neck does not read the first stage.
+    assert {name.split('.')[1] for name in still} <= {'norm0'}

@@ -1,13 +1,19 @@
 """man_mm: supervised local learning for OpenMMLab."""
 
 from .aux_heads import (
+    AugLocalHead,
     AuxHead,
     AuxSite,
+    DGLHead,
+    InfoProHead,
     MANClsHead,
     MANDetHead,
     MANHead,
     MANSRHead,
+    MomentumHead,
+    PredSimHead,
 )
+from .backbones import CIFARResNet
 from .core import (
     BalancedPartition,
     CutPartition,
@@ -15,9 +21,11 @@ from .core import (
     LocalModule,
     MemoryBank,
     StagePartition,
+    UniformPartition,
     Unit,
     split,
 )
+from .datasets import STL10, SVHN
 from .engine import (
     AmpLocalLearningOptimWrapper,
     LocalLearningOptimWrapper,
@@ -31,10 +39,14 @@ from .version import __version__
 
 __all__ = [
     'AmpLocalLearningOptimWrapper',
+    'AugLocalHead',
     'AuxHead',
     'AuxSite',
     'BalancedPartition',
+    'CIFARResNet',
     'CutPartition',
+    'DGLHead',
+    'InfoProHead',
     'LocalLearner',
     'LocalLearningOptimWrapper',
     'LocalLearningOptimWrapperConstructor',
@@ -45,9 +57,14 @@ __all__ = [
     'MANSRHead',
     'MemoryBank',
     'MemoryBankHook',
+    'MomentumHead',
+    'PredSimHead',
     'ResumeHook',
     'SafeCheckpointHook',
+    'STL10',
+    'SVHN',
     'StagePartition',
+    'UniformPartition',
     'Unit',
     '__version__',
     'build_learner',

@@ -9,6 +9,9 @@ by itself, with no ``custom_imports``.
 from mmengine import registry as root
 from mmengine.registry import Registry
 
+DATASETS = Registry(
+    'dataset', parent=root.DATASETS, scope='man_mm', locations=['man_mm']
+)
 HOOKS = Registry('hook', parent=root.HOOKS, scope='man_mm', locations=['man_mm'])
 MODELS = Registry('model', parent=root.MODELS, scope='man_mm', locations=['man_mm'])
 OPTIM_WRAPPERS = Registry(

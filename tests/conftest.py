@@ -119,10 +119,31 @@ def build_classifier(depth: int, head: dict | None = None, **kwargs):
     return model.train()
 
 
-def labelled_images(size: int = 4, side: int = 64, classes: int = 10):
+def build_cifar_classifier(depth: int = 14, data_preprocessor=None, **kwargs):
+    """A narrow CIFAR ResNet; 14 layers are 7 units, the stem and 2 blocks a stage."""
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(type='CIFARResNet', depth=depth, base_channels=8),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=10, in_channels=32),
+            data_preprocessor=data_preprocessor
+            or dict(num_classes=10, mean=[127.5] * 3, std=[64.0] * 3),
+            **kwargs,
+        )
+    )
+    model.init_weights()
+    return model.train()
+
+
+def labelled_images(
+    size: int = 4, side: int = 64, classes: int = 10, channels: int = 3
+):
     from mmpretrain.structures import DataSample
 
-    images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8)
+    images = torch.randint(256, (size, channels, side, side), dtype=torch.uint8)
     samples = [DataSample().set_gt_label(i % classes) for i in range(size)]
     return dict(inputs=list(images), data_samples=samples)
 

@@ -11,6 +11,8 @@ import yaml
 RESULTS = Path('benchmarks/results')
 CARD, MEMORY = Path('configs/man/README.md'), Path('docs/memory.md')
 README, RESTORATION = Path('README.md'), Path('docs/super_resolution.md')
+CARDS = sorted(Path('configs').glob('*/README.md'))
+FOLDERS = [path.parent.name for path in CARDS]
 DOCUMENTS = (README, CARD, MEMORY, RESTORATION)
 MIB = 2**20
 
@@ -92,16 +94,21 @@ def step_rows_of(text, step_rows):
     return [row for f in folders if any(f.glob('*.json')) for row in step_rows(f)]
 
 
-def test_the_metafile_lists_every_config():
-    models = yaml.safe_load(Path('configs/man/metafile.yml').read_text())['Models']
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_the_metafile_lists_every_config(folder):
+    text = Path('configs', folder, 'metafile.yml').read_text()
+    models = yaml.safe_load(text)['Models']
     listed = {model['Config']: model['Name'] for model in models}
-    configs = {str(path): path.stem for path in Path('configs/man').glob('*.py')}
+    configs = {str(path): path.stem for path in Path('configs', folder).glob('*.py')}
     assert listed == configs
-    assert all(name in CARD.read_text() for name in configs.values())
+    card = Path('configs', folder, 'README.md').read_text()
+    assert all(name in card for name in configs.values())
+    index = yaml.safe_load(Path('model-index.yml').read_text())['Import']
+    assert f'configs/{folder}/metafile.yml' in index
 
 
 def test_links_of_the_documents_exist():
-    for document in DOCUMENTS:
+    for document in {*DOCUMENTS, *CARDS}:
         for link in re.findall(r'\]\(([^)#]+)', document.read_text()):
             if not link.startswith('http'):
                 assert (document.parent / link).exists(), link

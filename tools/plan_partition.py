@@ -29,7 +29,7 @@ from rich.text import Text
 from torch import nn
 
 from man_mm import BalancedPartition, LocalLearningOptimWrapperConstructor
-from man_mm.aux_heads.man_cls import is_classifier
+from man_mm.aux_heads.classifier import is_classifier
 from man_mm.core.costs import measure_modules
 from man_mm.core.peaks import KINDS, Plan, PlannedModule, predict
 from man_mm.core.plan import Measure, plan_modules

@@ -29,6 +29,8 @@ class AuxSite:
             that an SLM (Simple Local Module) has to add.
         entry: What enters the first unit: the image, or the shallow features of a
             network with a global skip. In the bank of heads whose ``reads`` name it.
+        path: Taps of all units of the network, in the order in which they run.
+        num_modules: Number of modules K of the network.
     """
 
     model: nn.Module
@@ -37,6 +39,19 @@ class AuxSite:
     earlier: tuple[Tap, ...]
     later: tuple[Tap, ...]
     entry: Tap
+    path: tuple[Tap, ...]
+    num_modules: int
+
+    @property
+    def ahead(self) -> tuple[Tap, ...]:
+        """Taps of the units of later modules, in order."""
+        cut = [tap.name for tap in self.path].index(self.module.cut)
+        return self.path[cut + 1 :]
+
+    def interpolate(self, first: float, last: float) -> float:
+        """A value between that of the first auxiliary head and that of the last."""
+        share = self.module.index / max(self.num_modules - 2, 1)
+        return (1 - share) * first + share * last
 
 
 class AuxHead(nn.Module, ABC):
@@ -113,6 +128,7 @@ def find_sites(
             if end.stage >= own[-1].stage and end.name not in finished
         ]
         maps = (tuple(own), tuple(earlier), tuple(later))
-        sites.append(AuxSite(model, module, *maps, entry))
+        path = (entry, tuple(taps), len(modules))
+        sites.append(AuxSite(model, module, *maps, *path))
         earlier += own
     return sites

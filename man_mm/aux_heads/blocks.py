@@ -8,21 +8,28 @@ from torch import nn
 
 
 def conv_block(
-    in_channels: int, channels: int, kernel: int, stride: int = 1
+    in_channels: int, channels: int, kernel: int, stride: int = 1, norm: str = 'GN'
 ) -> nn.Sequential:
-    """Convolution, GroupNorm and ReLU.
+    """Convolution, norm and ReLU.
 
-    GroupNorm: local heads must not depend on how many images a GPU holds. Few groups:
-    the coarsest maps have one location, and a group must not vanish.
+    GroupNorm by default: local heads must not depend on how many images a GPU holds.
+    Few groups: the coarsest maps have one location, and a group must not vanish.
 
     Args:
         in_channels: Channels of the input.
         channels: Channels of the output.
         kernel: Odd size of the kernel; padding keeps the size of the map.
         stride: Stride. Default: 1.
+        norm: ``'GN'`` or ``'BN'``. Default: ``'GN'``.
     """
     return nn.Sequential(
         nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False),
-        nn.GroupNorm(math.gcd(8, channels), channels),
+        _norm(norm, channels),
         nn.ReLU(inplace=True),
     )
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == 'BN':
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(math.gcd(8, channels), channels)

@@ -6,14 +6,13 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from mmengine.model import kaiming_init
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
-from man_mm.backbones import find_units
 from man_mm.core import MemoryBank
 
 from .base import AuxSite
+from .copies import fresh_block
 
 
 class FaithfulDetector(nn.Module):
@@ -48,7 +47,7 @@ class FaithfulDetector(nn.Module):
         self.inputs = [(s, finished.get(s)) for s in stages]
         self.norm_eval = getattr(backbone, 'norm_eval', False)
         self.slm = nn.ModuleList(
-            _fresh_block(site.model, stage, whole=stage != site.own[-1].stage)
+            fresh_block(site.model, stage, whole=stage != site.own[-1].stage)
             for stage in self.later
         )
         # The copy gets a stub in place of the backbone, which hands on given maps.
@@ -76,14 +75,3 @@ class FaithfulDetector(nn.Module):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
-
-
-def _fresh_block(model: nn.Module, stage: int, whole: bool) -> nn.Module:
-    """Copies the first block of a stage, or its last where the stage has begun."""
-    units = [unit for unit in find_units(model) if unit.stage == stage]
-    name = units[0 if whole else -1].name
-    block = copy.deepcopy(model.get_submodule(name)).requires_grad_()
-    for module in block.modules():
-        if isinstance(module, nn.Conv2d):
-            kaiming_init(module)
-    return block

@@ -9,7 +9,8 @@ from mmengine import registry as root
 from torch import nn
 
 from .base import AuxHead, AuxSite
-from .man_cls import MANClsHead, is_classifier
+from .classifier import is_classifier
+from .man_cls import MANClsHead
 from .man_det import MANDetHead
 from .man_sr import MANSRHead, is_restorer
 

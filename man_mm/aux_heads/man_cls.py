@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 
 from man_mm.core import MemoryBank
 
-from .base import AuxHead, AuxSite, in_full_precision
+from .base import AuxHead, AuxSite
 from .blocks import conv_block
+from .classifier import linear_classifier
+from .copies import fresh_block
 
 _EXPANSION = 4
 
@@ -32,14 +33,24 @@ class MANClsHead(AuxHead):
 
     Args:
         site: Where the head sits.
-        mode: ``'light'``, the only one.
-        channels: Width of the SLM and of each vector from the bank; the classifier
-            sees four times as many channels of the SLM. Default: 64.
+        mode: ``'light'`` makes the SLM of `PooledSLM`; ``'faithful'`` of one block of
+            the model's own kind and full width for each later stage. Default:
+            ``'light'``.
+        channels: Width of the light SLM and of each vector from the bank; the
+            classifier sees four times as many channels of the SLM. Default: 64.
+        num_blocks: Convolutions, or blocks, of the SLM for each later stage.
+            Default: 1.
         use_bank: Whether to read pooled maps of earlier modules. Default: True.
+        fusion: How vectors from the bank enter: ``'concatenate'`` them to the SLM's
+            features, or ``'add'``. Default: ``'concatenate'``.
+        norm: Norm of the light SLM: ``'GN'``, or ``'BN'``, which learns faster where
+            the batch is large: GroupNorm takes from each image what the pooling behind
+            it could tell images apart by. Default: ``'GN'``.
 
     Raises:
-        ValueError: If an option is unknown, or the model's head does not tell its
-            number of classes.
+        ValueError: If an option is unknown or out of range, the model's head does not
+            tell its number of classes, or ``mode='faithful'`` meets a network whose
+            blocks do not work on maps.
     """
 
     reads_averages = True
@@ -49,12 +60,25 @@ class MANClsHead(AuxHead):
         site: AuxSite,
         mode: str = 'light',
         channels: int = 64,
+        num_blocks: int = 1,
         use_bank: bool = True,
+        fusion: str = 'concatenate',
+        norm: str = 'GN',
     ) -> None:
         super().__init__()
-        if mode != 'light':
+        for key, value, known in (
+            ('mode', mode, ('light', 'faithful')),
+            ('fusion', fusion, ('concatenate', 'add')),
+            ('norm', norm, ('GN', 'BN')),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f'aux_head.{key} must be one of {known}, got {value!r}.'
+                )
+        if channels < 1 or num_blocks < 1:
             raise ValueError(
-                f"aux_head.mode must be 'light' for classifiers, got {mode!r}."
+                'aux_head.channels and aux_head.num_blocks must be at least 1, got '
+                f'{channels} and {num_blocks}.'
             )
         own = site.own[-1]
         # The blocks of a stage add to one stream: its last map stands for all.
@@ -64,15 +88,20 @@ class MANClsHead(AuxHead):
         self.earlier = [tap.name for tap in earlier]
         self.needs_bank = bool(earlier)
         self.reads = frozenset(self.earlier)
-        self.slm = PooledSLM(
-            own.channels, own.stride, [tap.stride for tap in site.later], channels
-        )
-        self.vectors = nn.ModuleList(
-            nn.Linear(tap.channels, channels) for tap in earlier
-        )
-        self.classifier = _classifier(
-            getattr(site.model, 'head', None), channels * (_EXPANSION + len(earlier))
-        )
+        if mode == 'light':
+            later = [tap.stride for tap in site.later]
+            self.slm = PooledSLM(
+                own.channels, own.stride, later, channels, num_blocks, norm
+            )
+            width = _EXPANSION * channels
+        else:
+            self.slm = FullSLM(site, num_blocks)
+            width = site.later[-1].channels
+        self.adds = fusion == 'add'
+        size = width if self.adds else channels
+        self.vectors = nn.ModuleList(nn.Linear(tap.channels, size) for tap in earlier)
+        in_channels = width if self.adds else width + size * len(earlier)
+        self.classifier = linear_classifier(site.model, in_channels)
 
     def forward(
         self, maps: Mapping[str, Tensor], targets: Any, bank: MemoryBank | None
@@ -83,7 +112,8 @@ class MANClsHead(AuxHead):
             known = None if bank is None else bank.statistics(name)
             vector = _standardised(maps[name].detach().mean((2, 3)), known)
             features.append(linear(vector).relu())
-        return self.classifier.loss((torch.cat(features, dim=1),), targets)
+        joined = sum(features) if self.adds else torch.cat(features, dim=1)
+        return self.classifier.loss((joined,), targets)
 
 
 class PooledSLM(nn.Module):
@@ -102,20 +132,29 @@ class PooledSLM(nn.Module):
         stride: Its stride in pixels.
         later: Strides of the later stages, in order.
         channels: Width.
+        num_blocks: 3×3 convolutions for each later stage. Default: 1.
+        norm: ``'GN'`` or ``'BN'``. Default: ``'GN'``.
     """
 
     def __init__(
-        self, in_channels: int, stride: int, later: list[int], channels: int
+        self,
+        in_channels: int,
+        stride: int,
+        later: list[int],
+        channels: int,
+        num_blocks: int = 1,
+        norm: str = 'GN',
     ) -> None:
         super().__init__()
         self.pool = 2 if max(later) > stride else 1
         stride *= self.pool
-        blocks = [conv_block(in_channels, channels, 1)]
+        blocks = [conv_block(in_channels, channels, 1, norm=norm)]
         for end in later:
             step = max(end // stride, 1)
-            blocks.append(conv_block(channels, channels, 3, step))
+            for first in [step] + [1] * (num_blocks - 1):
+                blocks.append(conv_block(channels, channels, 3, first, norm))
             stride *= step
-        blocks.append(conv_block(channels, _EXPANSION * channels, 1))
+        blocks.append(conv_block(channels, _EXPANSION * channels, 1, norm=norm))
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, map_: Tensor) -> Tensor:
@@ -126,37 +165,30 @@ class PooledSLM(nn.Module):
         return self.blocks(map_).mean((2, 3))
 
 
-def is_classifier(model: nn.Module) -> bool:
-    """Whether a model is trained by a classification head of mmpretrain.
+class FullSLM(nn.Module):
+    """From a module's map to one vector, by blocks of the model's own kind.
 
-    Classes are known by name, as mmpretrain need not be installed.
+    Args:
+        site: Where the head sits.
+        num_blocks: Blocks for each later stage.
     """
-    names = {cls.__name__ for cls in type(getattr(model, 'head', None)).__mro__}
-    return bool(names & {'ClsHead', 'MultiLabelClsHead'})
 
+    def __init__(self, site: AuxSite, num_blocks: int) -> None:
+        super().__init__()
+        begun = site.own[-1].stage
+        self.blocks = nn.Sequential(
+            *(
+                fresh_block(
+                    site.model, tap.stage, whole=tap.stage != begun and not index
+                )
+                for tap in site.later
+                for index in range(num_blocks)
+            )
+        )
 
-def _classifier(head: nn.Module | None, in_channels: int) -> nn.Module:
-    """A linear head of mmpretrain with the classes and the loss of another one."""
-    num_classes = getattr(head, 'num_classes', None)
-    if num_classes is None:
-        raise ValueError(
-            f'MANClsHead cannot read the number of classes from model.head, a '
-            f'{type(head).__name__} without num_classes: use a head that has it, such '
-            'as LinearClsHead.'
-        )
-    names = [cls.__name__ for cls in type(head).__mro__]
-    kind = 'MultiLabelLinear' if 'MultiLabelClsHead' in names else 'Linear'
-    classifier = root.MODELS.build(
-        dict(
-            type=f'mmpretrain.{kind}ClsHead',
-            num_classes=num_classes,
-            in_channels=in_channels,
-            loss=copy.deepcopy(head.loss_module),
-        )
-    )
-    classifier.init_weights()
-    classifier.register_forward_hook(in_full_precision)
-    return classifier
+    def forward(self, map_: Tensor) -> Tensor:
+        """Maps ``(N, C, H, W)`` to ``(N, C')``, C' the channels of the last stage."""
+        return self.blocks(map_).mean((2, 3))
 
 
 def _standardised(vector: Tensor, known: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -1,6 +1,6 @@
 """One adapter a backbone family: its units, and in which order they run."""
 
-from . import resnet, super_resolution
+from . import convnets, resnet, super_resolution, transformers
 from .base import (
     Tap,
     find_backbone,
@@ -10,9 +10,12 @@ from .base import (
     probe,
     register_units,
 )
+from .cifar_resnet import CIFARResNet
 
 __all__ = [
+    'CIFARResNet',
     'Tap',
+    'convnets',
     'find_backbone',
     'find_scale',
     'find_units',
@@ -21,4 +24,5 @@ __all__ = [
     'register_units',
     'resnet',
     'super_resolution',
+    'transformers',
 ]

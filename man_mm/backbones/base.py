@@ -16,6 +16,8 @@ from man_mm.core.learner import ENTRY
 UnitsFn = Callable[[nn.Module], list[Unit]]
 
 _ADAPTERS: dict[str, UnitsFn] = {}
+_SIZE = 64  # pixels of the image with which a network is probed
+_STRIDE = 32  # of the coarsest map of any family
 _SEVERAL_PATHS = ('DetectoRS_ResNet', 'TridentResNet')
 
 
@@ -81,6 +83,7 @@ def find_units(model: nn.Module) -> list[Unit]:
                     unit,
                     name=f'{place}.{unit.name}',
                     parts=tuple(f'{place}.{part}' for part in unit.parts),
+                    params=tuple(f'{place}.{param}' for param in unit.params),
                 )
                 for unit in _ADAPTERS[name](backbone)
             ]
@@ -106,9 +109,7 @@ def find_backbone(model: nn.Module) -> tuple[str, nn.Module]:
     raise ValueError(f'{type(model).__name__} has no backbone to cut.')
 
 
-def probe(
-    model: nn.Module, units: Sequence[Unit], size: int = 64
-) -> tuple[Tap, list[Tap]]:
+def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
     """Runs the backbone once on a black image to learn the shape of every unit's map.
 
     It also proves that the units lie on one path: each one has to run once, and to
@@ -117,7 +118,6 @@ def probe(
     Args:
         model: Model with a backbone; left as it was, modes and buffers included.
         units: Its units, from `find_units`.
-        size: Height and width of the image in pixels.
 
     Returns:
         A tap of what enters the first unit, and one tap a unit.
@@ -126,15 +126,20 @@ def probe(
         ValueError: If the units are not on a single path.
     """
     _, backbone = find_backbone(model)
+    size = max(_SIZE, _STRIDE * _largest_window(backbone))
+    inputs: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
     calls: dict[str, list[tuple[tuple, Any]]] = {unit.name: [] for unit in units}
-    entered: list[Tensor] = []
-    first = model.get_submodule(units[0].parts[0])
-    handles = [first.register_forward_pre_hook(lambda _, args: entered.append(args[0]))]
+    handles = []
     for unit in units:
+
+        def enter(_m, args, name=unit.name):
+            inputs[name].append(args[0])
 
         def record(_m, args, output, name=unit.name):
             calls[name].append((args, output))
 
+        start = model.get_submodule(unit.parts[0])
+        handles.append(start.register_forward_pre_hook(enter))
         handles.append(model.get_submodule(unit.name).register_forward_hook(record))
     try:
         with _evaluating(backbone):
@@ -149,8 +154,9 @@ def probe(
     taps: list[Tap] = []
     previous = None
     for unit in units:
-        runs = calls[unit.name]
-        chained = len(runs) == 1 and (not taps or runs[0][0][0] is previous)
+        runs, entered = calls[unit.name], inputs[unit.name]
+        once = len(runs) == 1 and len(entered) == 1
+        chained = once and (not taps or entered[0] is previous)
         if not (chained and isinstance(runs[0][1], Tensor)):
             raise ValueError(
                 f'{type(backbone).__name__} cannot be cut around {unit.name!r}: it is '
@@ -159,7 +165,7 @@ def probe(
         args, previous = runs[0]
         map_ = unit.as_map(previous, args) if unit.as_map else previous
         taps.append(tap(unit.name, unit.stage, map_))
-    return tap(ENTRY, -1, entered[0]), taps
+    return tap(ENTRY, -1, inputs[units[0].name][0]), taps
 
 
 def find_scale(backbone: nn.Module, size: int = 16) -> int:
@@ -193,6 +199,18 @@ def _evaluating(backbone: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _largest_window(backbone: nn.Module) -> int:
+    """The largest attention window that does not fit itself to a smaller map."""
+    return max(
+        (
+            module.window_size
+            for module in backbone.modules()
+            if not getattr(module, 'pad_small_map', True)
+        ),
+        default=0,
+    )
 
 
 def _black(backbone: nn.Module, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""ResNet, ResNeXt, RegNet, Res2Net, ResNeSt and their kin, of mmdet and mmpretrain."""
+"""ResNet, ResNeXt, RegNet, Res2Net, ResNeSt and their kin; our own `CIFARResNet`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from man_mm.core import Unit
 from .base import register_units
 
 
-@register_units('ResNet', 'ResNeXt', 'RegNet', 'Res2Net', 'ResNeSt')
+@register_units('ResNet', 'ResNeXt', 'RegNet', 'Res2Net', 'ResNeSt', 'CIFARResNet')
 def resnet_units(backbone: nn.Module) -> list[Unit]:
     """The stem and every residual block, stage by stage.
 

@@ -2,7 +2,14 @@
 
 from .bank import MemoryBank
 from .learner import LocalLearner
-from .partition import CutPartition, LocalModule, StagePartition, Unit, split
+from .partition import (
+    CutPartition,
+    LocalModule,
+    StagePartition,
+    UniformPartition,
+    Unit,
+    split,
+)
 from .plan import BalancedPartition
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     'LocalModule',
     'MemoryBank',
     'StagePartition',
+    'UniformPartition',
     'Unit',
     'split',
 ]

@@ -66,7 +66,9 @@ class LocalLearner:
             attributes save memory: ``reads``, the names of all earlier maps that it
             looks up (others may be freed), and ``reads_averages``, if averages
             ``(N, C, 1, 1)`` of these will do. What enters the first unit is in the
-            bank if ``reads`` names it, as ``'entry'``.
+            bank if ``reads`` names it, as ``'entry'``. Heads that copy weights of the
+            network have a method ``follow(model)``, called before the first step and,
+            after each `updated`, before the next one.
         bank: Memory bank, or None for heads that see their own module only.
         patches: Submodules of network or heads, each with a wrapper for its forward
             function that is in place during a step only.
@@ -120,6 +122,11 @@ class LocalLearner:
         self._own: Maps = {}
         self._outputs: Maps = {}
         self._shared: dict[int, dict] = {}
+        self._is_followed = False
+
+    def updated(self) -> None:
+        """Notes that the network's weights were updated after the latest step."""
+        self._is_followed = False
 
     def params(self, module: LocalModule) -> list[nn.Parameter]:
         """Trainable parameters of a module and of its auxiliary head."""
@@ -148,6 +155,8 @@ class LocalLearner:
         self.targets = targets
         self.losses = {}
         self.bank_bytes = 0
+        if not self._is_followed:
+            self._follow()
         with ExitStack() as stack:
             stack.callback(self._forget)
             if len(self.modules) > 1:
@@ -159,6 +168,12 @@ class LocalLearner:
             if len(self.losses) < len(self.modules) - 1:
                 cut = self.modules[len(self.losses)].cut
                 raise RuntimeError(f'The forward pass never ran the cut {cut!r}.')
+
+    def _follow(self) -> None:
+        for head in self.heads:
+            if hasattr(head, 'follow'):
+                head.follow(self.model)
+        self._is_followed = True
 
     def _forget(self) -> None:
         self.targets = None

@@ -22,6 +22,8 @@ class Unit:
             ``'backbone.layer3.5'``; also the name of the cut after it.
         stage: Index of the stage that the unit belongs to; -1 for a stem.
         parts: Dotted names of all submodules that the unit consists of.
+        params: Dotted names of parameters that belong to the unit, but to none of its
+            parts, such as a position embedding.
         read_elsewhere: Whether the network reads the output in another place too,
             beside the next unit (and the neck, which reads the ends of stages).
         as_map: From the output and the arguments of the submodule ``name`` to a map
@@ -32,6 +34,7 @@ class Unit:
     name: str
     stage: int = 0
     parts: tuple[str, ...] = ()
+    params: tuple[str, ...] = ()
     read_elsewhere: bool = False
     as_map: Callable[[Tensor, tuple], Tensor] | None = None
 
@@ -103,6 +106,40 @@ class StagePartition:
     def cuts(self, units: Sequence[Unit], _measure: Measure | None = None) -> list[str]:
         """Names of the units after which to cut, the last unit excluded."""
         return [unit.name for unit, _ in ends_of_stages(units)]
+
+
+class UniformPartition:
+    """Cuts into modules of equal numbers of units, as the literature does.
+
+    Where that leaves a rest, the earlier modules are the smaller ones.
+
+    Args:
+        num_modules: Number of modules K; as many as there are units cuts everywhere.
+
+    Raises:
+        ValueError: If ``num_modules`` is less than 1.
+    """
+
+    def __init__(self, num_modules: int) -> None:
+        if num_modules < 1:
+            raise ValueError(
+                f'partition.num_modules must be at least 1, got {num_modules}.'
+            )
+        self.num_modules = num_modules
+
+    def cuts(self, units: Sequence[Unit], _measure: Measure | None = None) -> list[str]:
+        """Names of the units after which to cut.
+
+        Raises:
+            ValueError: If there are fewer units than modules.
+        """
+        if self.num_modules > len(units):
+            raise ValueError(
+                f'partition.num_modules is {self.num_modules}, but the network has '
+                f'only {len(units)} units: give 1 to {len(units)}.'
+            )
+        ends = (i * len(units) // self.num_modules for i in range(1, self.num_modules))
+        return [units[end - 1].name for end in ends]
 
 
 class CutPartition:
@@ -200,6 +237,13 @@ def _trainable(model: nn.Module, units: Sequence[Unit]):
             for param in model.get_submodule(part).parameters():
                 if param.requires_grad:
                     yield param
+        yield from (param for param in _own_params(model, unit) if param.requires_grad)
+
+
+def _own_params(model: nn.Module, unit: Unit) -> list[nn.Parameter]:
+    """Parameters that a unit has beside its parts."""
+    paths = [name.rpartition('.') for name in unit.params]
+    return [getattr(model.get_submodule(holder), name) for holder, _, name in paths]
 
 
 def _rest(model: nn.Module, groups: Sequence[Sequence[Unit]]):
@@ -214,10 +258,11 @@ def _rest(model: nn.Module, groups: Sequence[Sequence[Unit]]):
         for group in groups
     )
     inside = set().union(*earlier) - last
+    owned = {p for group in groups[:-1] for u in group for p in _own_params(model, u)}
     for submodule in model.modules():
         if submodule not in inside:
             for param in submodule.parameters(recurse=False):
-                if param.requires_grad:
+                if param.requires_grad and param not in owned:
                     yield param
 
 

@@ -2,7 +2,12 @@
 
 from mmengine import registry as root
 
-from man_mm.core import BalancedPartition, CutPartition, StagePartition
+from man_mm.core import (
+    BalancedPartition,
+    CutPartition,
+    StagePartition,
+    UniformPartition,
+)
 
 from . import compat
 from .amp import AmpLocalLearningOptimWrapper
@@ -12,7 +17,7 @@ from .optim_wrapper import LocalLearningOptimWrapper
 from .resume import ResumeHook
 from .saving import SafeCheckpointHook
 
-for _partition in (StagePartition, CutPartition, BalancedPartition):
+for _partition in (StagePartition, UniformPartition, CutPartition, BalancedPartition):
     root.TASK_UTILS.register_module(module=_partition)
 compat.allow_safe_loading()
 compat.allow_cpu_ranks()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from man_mm.aux_heads.man_cls import is_classifier
+from man_mm.aux_heads.classifier import is_classifier
 from man_mm.aux_heads.man_det import num_classes
 from man_mm.aux_heads.man_sr import is_restorer
 from man_mm.backbones import find_backbone, find_scale

@@ -87,7 +87,8 @@ def check_start(learner: LocalLearner, update: str) -> None:
             'The auxiliary heads read a memory bank, but no MemoryBankHook is '
             'configured. Add to the config:\n'
             "    default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))\n"
-            'or set optim_wrapper.local_learning.aux_head.use_bank=False.'
+            'or, for the heads of MAN, set '
+            'optim_wrapper.local_learning.aux_head.use_bank=False.'
         )
     if update == 'parameter' and dist.get_world_size() > 1:
         raise ValueError(

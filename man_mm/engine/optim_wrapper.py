@@ -171,6 +171,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             self._settle()
             if self.update == 'iteration':
                 self._step(modules, **(step_kwargs or {}))
+            self.learner.updated()
         for name, value in self.learner.losses.items():
             self._log(f'{name}/loss', value)
 

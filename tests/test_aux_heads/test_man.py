@@ -81,7 +81,9 @@ def test_reads_are_the_earlier_maps_that_are_looked_up(kind, mode, use_bank):
     [
         ('classifier', dict(num_convs=1), r"\['num_convs'\].*MANClsHead takes \['mode"),
         ('retinanet', dict(width=32), r"\['width'\].*MANDetHead takes \['mode'"),
-        ('classifier', dict(mode='faithful'), "must be 'light' for classifiers"),
+        ('classifier', dict(mode='full'), "mode must be one of .'light', 'faithful'"),
+        ('classifier', dict(fusion='sum'), "fusion must be one of .'concatenate', "),
+        ('classifier', dict(num_blocks=0), 'num_blocks must be at least 1'),
     ],
 )
 def test_options_that_a_head_does_not_have(kind, options, message):

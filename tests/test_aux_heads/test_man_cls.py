@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    build_cifar_classifier,
     build_classifier,
     build_wrapper,
     check_local_losses_fall,
@@ -307,3 +308,56 @@ def test_a_head_without_num_classes():
     del model.head.num_classes
     with pytest.raises(ValueError, match='a LinearClsHead without num_classes'):
         build_wrapper(model)
+
+
+VARIANTS = [
+    dict(num_blocks=2),
+    dict(fusion='add'),
+    dict(norm='BN'),
+    dict(mode='faithful'),
+    dict(mode='faithful', num_blocks=2, fusion='add'),
+]
+
+
+@pytest.mark.parametrize('options', VARIANTS, ids=str)
+def test_every_variant_reads_the_bank_and_learns(options):
+    model = build_cifar_classifier(14)
+    partition = dict(type='UniformPartition', num_modules=7)
+    wrapper = build_wrapper(
+        model,
+        optimizer=dict(type='AdamW', lr=3e-3),
+        partition=partition,
+        aux_head=options,
+    )
+    batch, first = labelled_images(8, 16, classes=4), None
+    for _ in range(8):
+        model.train_step(batch, wrapper)
+        first = first or dict(wrapper.learner.losses)
+    losses = wrapper.learner.losses
+    assert [name for name in first if losses[name] > 0.97 * first[name]] == []
+    # Of the stem and of each finished stage.
+    read = [len(head.earlier) for head in wrapper.learner.heads]
+    assert read == [0, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+def test_the_faithful_slm_has_blocks_of_the_models_own_kind(depth):
+    model = build_classifier(depth)
+    aux_head = dict(mode='faithful', num_blocks=2)
+    heads = build_wrapper(model, aux_head=aux_head).learner.heads
+    blocks = type(model.backbone.layer1[0])
+    kinds = [[type(block) for block in head.slm.blocks] for head in heads]
+    assert kinds == [[blocks] * 6, [blocks] * 4, [blocks] * 2]
+    map_ = torch.randn(2, heads[0].slm.blocks[0].in_channels, 16, 16)
+    assert heads[0].slm(map_).shape == (2, model.head.in_channels)
+    shared = {id(p) for p in model.parameters()}
+    assert not shared & {id(p) for p in heads.parameters()}
+
+
+def test_adding_needs_no_wider_classifier():
+    options = [dict(fusion='add'), dict(fusion='concatenate')]
+    heads = [
+        build_wrapper(build_classifier(18), aux_head=o).learner.heads for o in options
+    ]
+    widths = [[head.classifier.in_channels for head in group] for group in heads]
+    assert widths == [[256] * 3, [256, 320, 384]]

@@ -377,3 +377,21 @@ def test_outside_a_step_the_model_is_the_plain_model():
         for model in (plain, learner.model)
     ]
     assert equal(*grads)
+
+
+# Heads that follow the network's weights.
+
+
+def test_heads_follow_once_before_the_first_step_and_after_each_update():
+    learner = build(3)
+    seen = []
+    learner.heads[1].follow = seen.append
+    counts = []
+    for updated in (False, True, False, True):
+        with learner.step(LABELS):
+            counts.append(len(seen))
+            model_loss(learner.model)
+        if updated:
+            learner.updated()
+    assert counts == [1, 1, 2, 2]
+    assert all(model is learner.model for model in seen)

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from man_mm.core import CutPartition, StagePartition, Unit, split
+from man_mm.core import (
+    CutPartition,
+    StagePartition,
+    UniformPartition,
+    Unit,
+    split,
+)
 from man_mm.core.partition import branches, outlets
 
 torch.set_num_threads(1)
@@ -290,3 +296,50 @@ def test_heads_may_read_branches_and_the_cut():
     assert outlets(first) == ['1', '2', '4'] and outlets(last) == ['5']
     assert [(a.name, b.name) for a, b in branches(first)] == [('1', '2'), ('2', '3')]
     assert branches(last) == []
+
+
+@pytest.mark.parametrize(
+    ('count', 'num_modules', 'sizes'),
+    [
+        (16, 4, [4, 4, 4, 4]),
+        (16, 16, [1] * 16),
+        (16, 1, [16]),
+        (7, 3, [2, 2, 3]),
+        (55, 32, None),
+    ],
+)
+def test_uniform_partition_cuts_into_equal_numbers(count, num_modules, sizes):
+    units = [Unit(f'block{i}') for i in range(count)]
+    cuts = UniformPartition(num_modules).cuts(units)
+    ends = [0, *(int(cut.removeprefix('block')) + 1 for cut in cuts), count]
+    found = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    assert len(found) == num_modules and sum(found) == count
+    assert max(found) - min(found) <= 1
+    assert sizes is None or found == sizes
+
+
+def test_uniform_partition_with_bad_numbers():
+    with pytest.raises(ValueError, match='num_modules must be at least 1, got 0'):
+        UniformPartition(0)
+    with pytest.raises(ValueError, match='is 4, but the network has only 3'):
+        UniformPartition(4).cuts([Unit(f'block{i}') for i in range(3)])
+
+
+class Embedded(nn.Module):
+    """Two layers, and a parameter that is added in front of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(2))
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize('own', [True, False])
+def test_a_unit_may_own_parameters_beside_its_parts(own):
+    model = Embedded()
+    params = ('embedding',) if own else ()
+    units = [Unit('first', 0, params=params), Unit('second', 1)]
+    modules = split(model, units, ['first'])
+    owners = [any(p is model.embedding for p in m.params) for m in modules]
+    assert owners == [own, not own]
+    assert sum(len(module.params) for module in modules) == 5

@@ -1,0 +1,11 @@
+_base_ = 'mmpretrain::resnet/resnet34_8xb32_in1k.py'
+custom_imports = dict(imports=['man_mm'], allow_failed_imports=False)
+optim_wrapper = dict(
+    type='LocalLearningOptimWrapper',
+    constructor='LocalLearningOptimWrapperConstructor',
+    local_learning=dict(
+        partition=dict(type='CutPartition', cuts=['backbone.layer2']),
+        aux_head=dict(type='MANHead'),
+    ),
+)
+default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))

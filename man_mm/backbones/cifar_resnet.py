@@ -1,0 +1,98 @@
+"""The ResNet for small images in which the literature compares local learning."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from mmengine import registry as root
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+_INIT = (
+    dict(type='Kaiming', layer='Conv2d'),
+    dict(type='Constant', val=1, layer='BatchNorm2d'),
+)
+
+
+@root.MODELS.register_module()
+class CIFARResNet(BaseModule):
+    """ResNet-20, -32, -56, -110 and so on, for images of 32×32 pixels or so.
+
+    After He et al. 2016 (arXiv 1512.03385), section 4.2: a 3×3 convolution, then three
+    stages of n residual blocks with 16, 32 and 64 channels, 6n + 2 layers in all.
+    Shortcuts have no parameters (option A): where a stage begins, they skip every
+    second pixel and add channels of zeros. mmpretrain's ``ResNet_CIFAR`` is another
+    network, four stages of 64 to 512 channels.
+
+    Args:
+        depth: Number of layers, 6n + 2.
+        in_channels: Channels of the images. Default: 3.
+        base_channels: Channels of the first stage. Default: 16.
+        init_cfg: Initial weights. Default: those of He et al. 2015.
+
+    Raises:
+        ValueError: If ``depth`` is not 6n + 2 with n at least 1.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        in_channels: int = 3,
+        base_channels: int = 16,
+        init_cfg: dict | list[dict] | tuple[dict, ...] = _INIT,
+    ) -> None:
+        super().__init__(init_cfg)
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(
+                'model.backbone.depth of a CIFARResNet must be 6n + 2, such as 20, 32, '
+                f'56 or 110; got {depth}.'
+            )
+        self.conv1 = nn.Conv2d(in_channels, base_channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(base_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.res_layers = ['layer1', 'layer2', 'layer3']
+        channels = base_channels
+        for stage, name in enumerate(self.res_layers):
+            layer = nn.Sequential()
+            for index in range(blocks):
+                stride = 2 if stage and not index else 1
+                layer.append(BasicBlock(channels, channels * stride, stride))
+                channels *= stride
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        """Maps images ``(N, C, H, W)`` to ``((N, 64, H / 4, W / 4),)``."""
+        x = self.relu(self.norm1(self.conv1(x)))
+        for name in self.res_layers:
+            x = getattr(self, name)(x)
+        return (x,)
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions around which a shortcut without parameters leads.
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the output, at least as many.
+        stride: Stride. Default: 1.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.stride = stride
+        self.more = channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(N, in_channels, H, W)`` to ``(N, channels, H / s, W / s)``."""
+        y = self.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if self.more:
+            x = F.pad(x, (0, 0, 0, 0, 0, self.more))
+        return self.relu(y + x)

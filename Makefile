@@ -21,8 +21,8 @@ lint: setup  ## check style and formatting with ruff
 	@$(VENV_PYTHON) -m ruff format --check .
 
 test: lint  ## check the style, then run the tests
-	@echo '== pytest'
-	@$(VENV_PYTHON) -m pytest
+	@echo '== pytest, a process on each core'
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest --numprocesses auto
 
 clean:  ## remove .venv, build output and caches (keeps data and work_dirs)
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

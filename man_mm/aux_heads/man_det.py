@@ -56,6 +56,11 @@ class MANDetHead(AuxHead):
             raise ValueError(
                 f"aux_head.mode must be 'light' or 'faithful', got {mode!r}."
             )
+        if channels < 1 or num_convs < 0:
+            raise ValueError(
+                'aux_head.channels must be at least 1 and aux_head.num_convs at least '
+                f'0, got {channels} and {num_convs}.'
+            )
         self.needs_bank = use_bank and bool(site.earlier)
         if mode == 'faithful':
             self.detector = FaithfulDetector(site, use_bank)
@@ -134,8 +139,18 @@ class LightDetector(nn.Module):
 
 
 def dense_head(model: nn.Module) -> nn.Module:
-    """The detector's head on dense locations: RPN or single-stage head."""
-    return getattr(model, 'rpn_head', None) or model.bbox_head
+    """The detector's head on dense locations: RPN or single-stage head.
+
+    Raises:
+        ValueError: If the model is no such detector.
+    """
+    head = getattr(model, 'rpn_head', None) or getattr(model, 'bbox_head', None)
+    if head is None:
+        raise ValueError(
+            f'MANDetHead trains detectors of mmdet with an rpn_head or a bbox_head, '
+            f"not {type(model).__name__}: set aux_head.type='MANHead', which chooses."
+        )
+    return head
 
 
 def num_classes(model: nn.Module) -> int:

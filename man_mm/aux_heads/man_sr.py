@@ -34,7 +34,7 @@ class MANSRHead(AuxHead):
         use_bank: Whether to read the shallow features, or the image. Default: True.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: If an option is out of range, or the model of another kind.
     """
 
     def __init__(
@@ -45,6 +45,12 @@ class MANSRHead(AuxHead):
         use_bank: bool = True,
     ) -> None:
         super().__init__()
+        if not is_restorer(site.model):
+            raise ValueError(
+                'MANSRHead trains super-resolution models of mmagic, not '
+                f"{type(site.model).__name__}: set aux_head.type='MANHead', which "
+                'chooses.'
+            )
         own = site.own[-1]
         channels = own.channels // 2 if channels is None else channels
         if channels < 1 or num_blocks < 0:

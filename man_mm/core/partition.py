@@ -152,6 +152,8 @@ class CutPartition:
     """
 
     def __init__(self, cuts: Sequence[str]) -> None:
+        if isinstance(cuts, str):
+            raise ValueError(f'partition.cuts must be a list of names, got {cuts!r}.')
         self._cuts = list(cuts)
 
     def cuts(self, units: Sequence[Unit], _measure: Measure | None = None) -> list[str]:

@@ -27,31 +27,9 @@ from .checks import (
 )
 from .distributed import broadcast_module
 from .optim_wrapper import LocalLearningOptimWrapper
+from .options import check_paramwise, complete_options
 from .planning import measure_units
 from .savings import fold_patches, loss_patches, recompute_patches
-
-_DEFAULTS = dict(
-    partition=dict(type='StagePartition'),
-    aux_head=dict(type='MANHead'),
-    aux_lr_mult=1.0,
-    aux_decay_mult=1.0,
-    update='module',
-    clip='module',
-    micro_batch_size=None,
-    recompute=(),
-    efficient_conv_bn_eval=True,
-    base_constructor='DefaultOptimWrapperConstructor',
-)
-_PARAMWISE_KEYS = {
-    'bias_decay_mult',
-    'bias_lr_mult',
-    'bypass_duplicate',
-    'custom_keys',
-    'dcn_offset_lr_mult',
-    'dwconv_decay_mult',
-    'flat_decay_mult',
-    'norm_decay_mult',
-}
 
 LEARNER_OPTIONS = (
     'partition',
@@ -101,16 +79,8 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None
     ) -> None:
         optim_wrapper_cfg = dict(optim_wrapper_cfg)
-        given = dict(optim_wrapper_cfg.pop('local_learning', None) or {})
-        unknown = sorted(set(given) - set(_DEFAULTS))
-        if unknown:
-            raise ValueError(
-                f'optim_wrapper.local_learning has unknown keys {unknown}; it takes '
-                f'{sorted(_DEFAULTS)}.'
-            )
-        self.options = {**_DEFAULTS, **given}
-        for key in ('partition', 'aux_head'):
-            self.options[key] = {**_DEFAULTS[key], **self.options[key]}
+        given = optim_wrapper_cfg.pop('local_learning', None) or {}
+        self.options = complete_options(given)
         wrapper = optim_wrapper_cfg.get('type', WRAPPER)
         if not isinstance(wrapper, str):
             wrapper = wrapper.__name__
@@ -124,13 +94,7 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 'optimizer; those with several, such as GANs, are not supported.'
             )
         check_wrapper_type(wrapper)
-        for_others = sorted(set(paramwise_cfg or {}) - _PARAMWISE_KEYS)
-        if for_others and 'base_constructor' not in given:
-            raise ValueError(
-                f'optim_wrapper.paramwise_cfg has {for_others}, for a constructor that '
-                'LocalLearningOptimWrapperConstructor replaces: name it in '
-                'optim_wrapper.local_learning.base_constructor.'
-            )
+        check_paramwise(paramwise_cfg, given)
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
     def __call__(self, model: nn.Module) -> LocalLearningOptimWrapper:

@@ -5,12 +5,13 @@ import torch
 from conftest import (
     LOCAL_LEARNING,
     batch_of,
+    build_classifier,
     build_detector,
     build_wrapper,
     detector_config,
 )
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 
 
 @pytest.fixture(scope='module')
@@ -42,6 +43,32 @@ def model():
         (dict(clip='global'), r"local_learning.update='iteration'"),
         (dict(aux_head=dict(mode='heavy')),
          r"aux_head.mode must be 'light' or 'faithful'"),
+        (dict(aux_head=dict(channels=0)), r'aux_head.channels must be at least 1'),
+        (dict(aux_head=dict(num_convs=-1)), r'aux_head.num_convs at least 0'),
+        (dict(aux_head=dict(width=3)), r"unknown options \['width'\].*'channels'"),
+        (dict(aux_head=dict(type='MANClsHead')), r'use a head of mmpretrain'),
+        (dict(aux_head=dict(type='MANSRHead')),
+         r"not RetinaNet: set aux_head.type='MANHead'"),
+        (dict(aux_head='MANHead'), r"aux_head must be a dictionary such as"),
+        (dict(partition='StagePartition'), r"partition must be a dictionary such as"),
+        (dict(partition=dict(type='CutPartition', cuts='backbone.layer1')),
+         r'partition.cuts must be a list'),
+        (dict(partition=dict(type='UniformPartition', num_modules=99)),
+         r'partition.num_modules is 99, .* only 9 units'),
+        (dict(partition=dict(type='BalancedPartition')),
+         r'either partition.num_modules or partition.memory_budget'),
+        (dict(partition=dict(type='BalancedPartition', num_modules=3)),
+         r'partition.input_shape'),
+        (dict(partition=dict(type='BalancedPartition', memory_budget='lots',
+                             input_shape=(2, 3, 64, 64))),
+         r"partition.memory_budget must be a size such as '6GiB'"),
+        (dict(micro_batch_size=0), r'micro_batch_size must be None or a number'),
+        (dict(micro_batch_size='2'), r"micro_batch_size must be .* got '2'"),
+        (dict(recompute='backbone.layer1'), r'recompute must be a list of names'),
+        (dict(recompute=['backbone.layer9']), r"recompute has 'backbone.layer9'"),
+        (dict(aux_lr_mult=-1), r'aux_lr_mult must be a number of at least 0'),
+        (dict(aux_decay_mult='x'), r"aux_decay_mult must be .* got 'x'"),
+        (dict(efficient_conv_bn_eval='backbone'), r'efficient_conv_bn_eval must be'),
     ],
 )  # fmt: skip
 def test_local_learning_options(model, options, message):
@@ -69,6 +96,30 @@ def test_several_optimizers(model):
     cfg = dict(LOCAL_LEARNING, generator=dict(optimizer=dict(type='Adam', lr=1e-3)))
     with pytest.raises(ValueError, match='has no optimizer.* GANs, are not supported'):
         build_optim_wrapper(model, cfg)
+
+
+def test_options_of_a_constructor_that_is_replaced(model):
+    cfg = dict(
+        LOCAL_LEARNING,
+        optimizer=dict(type='SGD', lr=0.1),
+        paramwise_cfg=dict(layer_decay_rate=0.9),
+    )
+    with pytest.raises(ValueError, match=r"\['layer_decay_rate'\].*base_constructor"):
+        build_optim_wrapper(model, cfg)
+
+
+def test_detection_head_for_a_classifier():
+    with pytest.raises(ValueError, match='MANDetHead trains detectors.*ImageClassif'):
+        build_wrapper(build_classifier(18), aux_head=dict(type='MANDetHead'))
+    init_default_scope('mmdet')
+
+
+@pytest.mark.parametrize('momentum', [-0.1, 1.0])
+def test_momentum_of_the_bank(momentum):
+    import man_mm
+
+    with pytest.raises(ValueError, match=r'momentum must be in \[0, 1\)'):
+        man_mm.MemoryBankHook(momentum=momentum)
 
 
 def test_no_memory_bank_hook(model):

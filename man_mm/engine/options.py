@@ -1,0 +1,108 @@
+"""The options of ``optim_wrapper.local_learning``: defaults and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+DEFAULTS = dict(
+    partition=dict(type='StagePartition'),
+    aux_head=dict(type='MANHead'),
+    aux_lr_mult=1.0,
+    aux_decay_mult=1.0,
+    update='module',
+    clip='module',
+    micro_batch_size=None,
+    recompute=(),
+    efficient_conv_bn_eval=True,
+    base_constructor='DefaultOptimWrapperConstructor',
+)
+# What DefaultOptimWrapperConstructor of mmengine reads.
+_PARAMWISE_KEYS = {
+    'bias_decay_mult',
+    'bias_lr_mult',
+    'bypass_duplicate',
+    'custom_keys',
+    'dcn_offset_lr_mult',
+    'dwconv_decay_mult',
+    'flat_decay_mult',
+    'norm_decay_mult',
+}
+
+
+def complete_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Adds defaults to options, and checks them.
+
+    Args:
+        given: ``optim_wrapper.local_learning`` of a config.
+
+    Raises:
+        ValueError: If a key is unknown or a value is of the wrong kind.
+    """
+    given = dict(given or {})
+    unknown = sorted(set(given) - set(DEFAULTS))
+    if unknown:
+        raise ValueError(
+            f'optim_wrapper.local_learning has unknown keys {unknown}; it takes '
+            f'{sorted(DEFAULTS)}.'
+        )
+    for key, value in given.items():
+        wanted, fits = _KINDS.get(key, ('', None))
+        if fits is not None and not fits(value):
+            raise ValueError(
+                f'optim_wrapper.local_learning.{key} must be {wanted}, got {value!r}.'
+            )
+    options = {**DEFAULTS, **given}
+    for key in ('partition', 'aux_head'):
+        options[key] = {**DEFAULTS[key], **options[key]}
+    return options
+
+
+def check_paramwise(paramwise: Mapping[str, Any] | None, given: Mapping) -> None:
+    """Refuses to lose options that are meant for another constructor.
+
+    Args:
+        paramwise: ``optim_wrapper.paramwise_cfg`` of a config.
+        given: ``optim_wrapper.local_learning`` of a config.
+
+    Raises:
+        ValueError: If ``paramwise`` has such keys and no constructor is named.
+    """
+    others = sorted(set(paramwise or {}) - _PARAMWISE_KEYS)
+    if others and 'base_constructor' not in given:
+        raise ValueError(
+            f'optim_wrapper.paramwise_cfg has {others}, for a constructor that '
+            'LocalLearningOptimWrapperConstructor replaces: name it in '
+            'optim_wrapper.local_learning.base_constructor.'
+        )
+
+
+def _is_count(value: Any) -> bool:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return value is None or (is_int and value > 0)
+
+
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, int | float) and value >= 0
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    'partition': (
+        "a dictionary such as dict(type='StagePartition')",
+        lambda value: isinstance(value, Mapping),
+    ),
+    'aux_head': (
+        "a dictionary such as dict(type='MANHead')",
+        lambda value: isinstance(value, Mapping),
+    ),
+    'aux_lr_mult': ('a number of at least 0', _is_factor),
+    'aux_decay_mult': ('a number of at least 0', _is_factor),
+    'micro_batch_size': ('None or a number of images of at least 1', _is_count),
+    'recompute': ('a list of names of submodules', _is_names),
+    'efficient_conv_bn_eval': ('True or False', lambda value: isinstance(value, bool)),
+    'base_constructor': ('the name of a constructor', lambda v: isinstance(v, str)),
+}

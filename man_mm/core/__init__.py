@@ -3,6 +3,7 @@
 from .bank import MemoryBank
 from .learner import LocalLearner
 from .partition import CutPartition, LocalModule, StagePartition, Unit, split
+from .pipeline import ModulePipeline
 from .plan import BalancedPartition
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     'LocalLearner',
     'LocalModule',
     'MemoryBank',
+    'ModulePipeline',
     'StagePartition',
     'Unit',
     'split',

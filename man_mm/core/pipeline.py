@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -33,6 +33,9 @@ class ModulePipeline:
     reads the same batches in the same order: later ranks need their targets, and ignore
     the images. After that, a rank keeps the parameters of its own modules, and those
     that are frozen and outside of all units; the others become empty.
+
+    During a step a rank is a world of its own: what network and heads reduce over all
+    ranks, such as the normalisers of mmdet's losses, must not wait for other modules.
 
     Args:
         learner: The learner, with its bank, if any.
@@ -64,6 +67,7 @@ class ModulePipeline:
         in_flight: int = 2,
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        group = group or dist.group.WORLD
         self._rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         sizes = _check_sizes(sizes, len(learner.modules), ranks)
         bounds = list(pairwise(accumulate(sizes, initial=0)))
@@ -74,6 +78,7 @@ class ModulePipeline:
         self._reads = _check_reads(reads, learner.modules)
         self._earlier = learner.modules[: self.modules[0].index]
         self._group = group
+        self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         device = self.modules[0].params[0].device
         self._channel = Channel(device, group, in_flight)
         self._later: list[nn.Parameter] = []
@@ -111,7 +116,7 @@ class ModulePipeline:
                 sent, never runs a cut, or if a neighbour is gone.
         """
         backward = backward or _backward
-        with ExitStack() as stack:
+        with _as_world(self._alone), ExitStack() as stack:
             if self._rank == 0:
                 start = self.learner.model.get_submodule(self.modules[0].parts[0])
                 hook = start.register_forward_pre_hook(self._check_entry)
@@ -122,14 +127,14 @@ class ModulePipeline:
                 self._replace_earlier(received, stack)
             if not self.is_last:
                 self._send_at_cut(received, stack)
-            try:
+            loss = None
+            with suppress(_CutReached):
                 loss = run()
-            except _CutReached:
-                loss = None
         self._empty(self._later)
         if loss is None:
             return None
-        backward(loss, self.modules[-1], True)
+        with _as_world(self._alone):
+            backward(loss, self.modules[-1], True)
         return loss.detach()
 
     def flush(self) -> None:
@@ -274,6 +279,17 @@ class ModulePipeline:
 
 class _CutReached(BaseException):
     """Ends the forward pass of a rank; no error, so networks must not catch it."""
+
+
+@contextmanager
+def _as_world(group: dist.ProcessGroup) -> Iterator[None]:
+    """Makes a group the default group."""
+    world = dist.group.WORLD
+    dist.group.WORLD = group
+    try:
+        yield
+    finally:
+        dist.group.WORLD = world
 
 
 def _check_sizes(sizes: Sequence[int] | None, count: int, ranks: int) -> list[int]:

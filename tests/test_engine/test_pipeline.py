@@ -106,7 +106,7 @@ def worker(rank, folder):
         init_method=f'file://{folder}/store',
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=60),
     )
     results = dict(
         detector=train_pipeline('detector'),

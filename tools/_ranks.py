@@ -7,9 +7,10 @@ import os
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,8 @@ from benchmark import load_config
 from torch import Tensor, nn
 
 from man_mm.backbones import find_backbone, find_units
-from man_mm.core import LocalLearner, LocalModule, ModulePipeline
+from man_mm.core import LocalLearner, LocalModule, MemoryBank, ModulePipeline
 from man_mm.core.channel import Channel
-from man_mm.core.learner import Backward
 from man_mm.core.memory import tensor_bytes
 from man_mm.core.partition import ends_of_stages
 from man_mm.engine.batches import synthetic_batch
@@ -90,34 +90,26 @@ class Trainer:
 
     def packet_bytes(self) -> list[int]:
         """Bytes that a rank would send after each module but the last."""
-        read, sizes, handles = {}, [], []
+        read, sizes = {}, []
+        bank = self.learner.bank
+        bank = MemoryBank() if bank is None else bank
 
-        def note(_unit: nn.Module, _args: tuple, output: Tensor) -> None:
-            sizes.append(tensor_bytes([output, read, dict(self.learner.bank or {})]))
+        def keep(name: str, _unit: nn.Module, _args: tuple, output: Tensor) -> None:
+            read[name] = output
 
-        step = self.learner.step
+        def count(_unit: nn.Module, args: tuple) -> None:
+            moments = [bank.pending(name) for name in bank]
+            sizes.append(tensor_bytes([args[0], read, dict(bank), moments]))
 
-        @contextmanager
-        def watched(targets: object, backward: Backward) -> Iterator[None]:
-            with step(targets, backward):
-                for module in self.learner.modules[:-1]:
-                    cut = self.model.get_submodule(module.cut)
-                    handles.append(cut.register_forward_hook(note))
-                for name in read_by_neck(self.model):
-                    handles.append(
-                        self.model.get_submodule(name).register_forward_hook(
-                            lambda _u, _a, out, name=name: read.update({name: out})
-                        )
-                    )
-                yield
-
-        self.learner.step = watched
-        try:
+        with ExitStack() as stack:
+            for name in read_by_neck(self.model):
+                unit = self.model.get_submodule(name)
+                hook = unit.register_forward_hook(partial(keep, name))
+                stack.callback(hook.remove)
+            for module in self.learner.modules[1:]:
+                start = self.model.get_submodule(module.parts[0])
+                stack.callback(start.register_forward_pre_hook(count).remove)
             self.step()
-        finally:
-            del self.learner.step
-            for handle in handles:
-                handle.remove()
         return sizes
 
 

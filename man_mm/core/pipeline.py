@@ -79,7 +79,7 @@ class ModulePipeline:
         self._earlier = learner.modules[: self.modules[0].index]
         self._group = group
         self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        device = self.modules[0].params[0].device
+        device = next(learner.model.parameters()).device
         self._channel = Channel(device, group, in_flight)
         self._later: list[nn.Parameter] = []
         self._release()

@@ -47,7 +47,8 @@ class ModulePipeline:
         in_flight: Batches that a rank may be ahead of the next one, beside those that
             the two work on. Each holds a packet in memory. Default: 2.
         group: Process group. Default: the default group. Its timeout is the time that
-            a rank waits for another one.
+            a rank waits for another one. If not all ranks build a pipeline, make all
+            groups before: torch counts groups, and a pipeline makes one.
 
     Attributes:
         modules: The modules of this rank.

@@ -199,19 +199,21 @@ def message_of(fn):
 
 def run(rank):
     """What each scenario gives on this rank."""
-    pair = dist.new_group([1, 2])
-    # Those that fail leave messages behind, and so have groups of their own.
+    # All before the first pipeline. Scenarios that fail leave messages behind, and so
+    # have groups of their own.
+    pair, ahead, channel = (dist.new_group(x) for x in ([1, 2], [0, 1], [0, 1]))
+    skip = dist.new_group()
+    short = timedelta(seconds=2)
+    unread, silent = (dist.new_group([0, 1], timeout=short) for _ in range(2))
     results = {
         **run_results(rank, pair),
         'alive': run_one_step(),
-        'ahead': run_ahead(rank, dist.new_group([0, 1])),
-        'channel': run_channel(rank, dist.new_group([0, 1])),
-        'global skip': run_global_skip(dist.new_group()),
+        'ahead': run_ahead(rank, ahead),
+        'channel': run_channel(rank, channel),
+        'global skip': run_global_skip(skip),
         'too many': message_of(lambda: ModulePipeline(build(2, cuts=[]))),
     }
     dist.barrier()
-    unread = dist.new_group([0, 1], timeout=timedelta(seconds=2))
-    silent = dist.new_group([0, 1], timeout=timedelta(seconds=2))
     results['unread'] = run_unread(rank, unread)
     dist.barrier()
     results['silence'] = run_silence(rank, silent)

@@ -64,14 +64,17 @@ def build():
     return LocalLearner(model, modules, heads, bank=MemoryBank())
 
 
-def main(epochs=8, batch=64):
-    torch.manual_seed(0)
+def load_digits_as_tensors():
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
     order = torch.randperm(len(labels))
-    train, test = order[:1400], order[1400:]
+    return images, labels, order[:1400], order[1400:]
 
+
+def main(epochs=8, batch=64):
+    torch.manual_seed(0)
+    images, labels, train, test = load_digits_as_tensors()
     learner = build()
     params = [*learner.model.parameters(), *learner.heads.parameters()]
     optimizer = torch.optim.AdamW(params, lr=2e-3)

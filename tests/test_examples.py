@@ -1,14 +1,18 @@
-"""The example in plain PyTorch learns, with every one of its modules."""
+"""The examples in plain PyTorch learn, and in several processes learn the same."""
 
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 torch.set_num_threads(1)
 
-PLAIN_LOOP = Path(__file__).resolve().parent.parent / 'examples' / 'plain_loop.py'
+EXAMPLES = Path(__file__).resolve().parent.parent / 'examples'
+PLAIN_LOOP = EXAMPLES / 'plain_loop.py'
 
 
 def test_plain_loop_learns(capsys):
@@ -20,3 +24,15 @@ def test_plain_loop_learns(capsys):
     ]
     assert [len(losses) for losses in epochs] == [3, 3, 3]  # two local, and the last
     assert all(last < first for first, last in zip(epochs[0], epochs[-1], strict=True))
+
+
+def test_the_pipeline_learns_what_the_plain_loop_learns():
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+    command += ['--nproc-per-node', '3', str(EXAMPLES / 'pipeline_loop.py')]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    (found,) = re.findall(r'accuracy (\d\.\d+)', result.stdout)
+    plain = runpy.run_path(str(PLAIN_LOOP))['main']
+    assert found == f'{plain(epochs=3):.3f}'
+    assert found != f'{plain(epochs=1):.3f}'  # control

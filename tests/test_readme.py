@@ -13,22 +13,25 @@ CARD, MEMORY = Path('configs/man/README.md'), Path('docs/memory.md')
 README, RESTORATION = Path('README.md'), Path('docs/super_resolution.md')
 CARDS = sorted(Path('configs').glob('*/README.md'))
 FOLDERS = [path.parent.name for path in CARDS]
-DOCUMENTS = (README, CARD, MEMORY, RESTORATION)
+DOCUMENTS = (README, CARD, MEMORY, RESTORATION, Path('docs/pipeline.md'))
 MIB = 2**20
 
 
 @pytest.fixture
 def step_rows(monkeypatch):
-    """Table rows of a folder of results of tools/benchmark.py or tools/compare.py."""
+    """Table rows of a folder of results of one of the tools."""
     monkeypatch.syspath_prepend('tools')
     import _comparison
     import compare
+    import pipeline
     from _records import markdown_rows, read_records
 
     def rows(folder):
         assert folder.is_dir(), folder
         if folder.parent.name == 'training':
             return _comparison.markdown_rows(compare.read_folder(folder))
+        if folder.name == 'pipeline':
+            return pipeline.markdown_rows(pipeline.read_records(folder))
         return markdown_rows(read_records(folder))
 
     return rows

@@ -10,6 +10,7 @@ from .partition import (
     Unit,
     split,
 )
+from .pipeline import ModulePipeline
 from .plan import BalancedPartition
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     'LocalLearner',
     'LocalModule',
     'MemoryBank',
+    'ModulePipeline',
     'StagePartition',
     'UniformPartition',
     'Unit',

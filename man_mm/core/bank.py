@@ -74,6 +74,17 @@ class MemoryBank(Mapping[str, Tensor]):
         self._maps[name] = map_.mean((2, 3), keepdim=True) if average else map_
         self._versions[name] = self._maps[name]._version
 
+    def receive(self, name: str, map_: Tensor, moments: Tensor | None) -> None:
+        """Stores what another process has stored; see `pending`."""
+        if moments is not None:
+            self._pending[name] = moments
+        self._maps[name] = map_
+        self._versions[name] = map_._version
+
+    def pending(self, name: str) -> Tensor | None:
+        """What the long-term memory will learn of a map, ``(2, C)``, if anything."""
+        return self._pending.get(name)
+
     def keep(self, names: Collection[str]) -> None:
         """Forgets all maps but those named; their statistics are remembered."""
         for name in set(self._maps).difference(names):

@@ -75,6 +75,7 @@ class LocalLearner:
         micro_batch_size: Images that run through a module at a time. Default: all.
 
     Attributes:
+        active: The modules that `step` trains, in order. Default: all of them.
         targets: What the heads get as ``targets``; `step` sets it, and it may be
             replaced while the model runs.
         losses: Detached local losses of the latest step, by module name.
@@ -112,6 +113,7 @@ class LocalLearner:
             )
         self.model = model
         self.modules = tuple(modules)
+        self.active = self.modules
         self.heads = nn.ModuleList(heads)
         self.bank = bank
         self.patches = tuple(patches)
@@ -162,12 +164,14 @@ class LocalLearner:
             if len(self.modules) > 1:
                 for submodule, wrap in self.patches:
                     stack.enter_context(patched(submodule, wrap))
-                for module in self.modules:
+                for module in self.active:
                     self._arm(module, backward or _backward, stack)
             yield
-            if len(self.losses) < len(self.modules) - 1:
-                cut = self.modules[len(self.losses)].cut
-                raise RuntimeError(f'The forward pass never ran the cut {cut!r}.')
+            for module in self.active[len(self.losses) :]:
+                if not module.is_last:
+                    raise RuntimeError(
+                        f'The forward pass never ran the cut {module.cut!r}.'
+                    )
 
     def _follow(self) -> None:
         for head in self.heads:
@@ -339,7 +343,7 @@ class LocalLearner:
                 f'The cut {module.cut!r} returns {type(output).__name__}, not one '
                 'tensor: cut elsewhere.'
             )
-        if len(self.losses) != module.index:
+        if len(self.losses) != module.index - self.active[0].index:
             raise RuntimeError(
                 f'The cut {module.cut!r} ran out of turn or more than once in a step: '
                 'the network has no single path there.'

@@ -1,0 +1,34 @@
+"""A stand-in for a tensor that another process has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+class Elsewhere(Tensor):
+    """What a part returns that ran in another process and whose output was not sent.
+
+    A network may hand it around, but whatever looks into it, be it only for its
+    shape, is an error: it would compute something else than on one process.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> NoReturn:
+        raise RuntimeError(
+            f'{getattr(func, "__qualname__", func)} needs a map that only an earlier '
+            'rank of the pipeline has. If a neck or a skip connection reads it, add '
+            "the name of the unit that outputs it to the pipeline's `reads`. A network "
+            'that computes something between the parts of one unit, or between units, '
+            'outside of submodules, needs units that cover it.'
+        )
+
+
+def elsewhere() -> Elsewhere:
+    """A new stand-in."""
+    return torch.empty(0).as_subclass(Elsewhere)

@@ -56,8 +56,8 @@ class ModulePipeline:
         is_last: Whether this rank computes the network's own loss.
 
     Raises:
-        ValueError: If there are more ranks than modules, or ``sizes``, ``reads`` or
-            ``in_flight`` make no sense.
+        ValueError: If there are more ranks than modules, ``sizes``, ``reads`` or
+            ``in_flight`` make no sense, or a head follows weights of later modules.
     """
 
     def __init__(
@@ -71,6 +71,11 @@ class ModulePipeline:
         group = group or dist.group.WORLD
         self._rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         sizes = _check_sizes(sizes, len(learner.modules), ranks)
+        if any(hasattr(head, 'follow') for head in learner.heads):
+            raise ValueError(
+                'A pipeline has no later modules on a rank, and such heads as '
+                'MomentumHead average their weights: use other heads.'
+            )
         bounds = list(pairwise(accumulate(sizes, initial=0)))
         self._ranges = [learner.modules[start:stop] for start, stop in bounds]
         self.learner = learner

@@ -427,6 +427,13 @@ def test_bad_options_are_named(one_process, options, message):
         ModulePipeline(build_plain(), **options)
 
 
+def test_heads_that_follow_later_modules_are_refused(one_process):
+    learner = build_plain()
+    learner.heads[0].follow = lambda model: None
+    with pytest.raises(ValueError, match='MomentumHead .* use other heads'):
+        ModulePipeline(learner)
+
+
 def test_one_process_is_a_pipeline_too(one_process):
     assert equal(train_pipeline(build_plain), train_alone(build_plain))
 

@@ -137,7 +137,7 @@ def build_scheme(
         turn_on_activation_checkpointing(model, names)
     head = str(cfg.optim_wrapper.get('local_learning', {}).get('aux_head'))
     amp = autocast_dtype(scheme)
-    if amp is None or cfg.optim_wrapper.type == 'AmpOptimWrapper':
+    if amp is None or 'Amp' in cfg.optim_wrapper.type:
         autocast = nullcontext
     else:
         kind, dtype = torch.device(device).type, getattr(torch, amp)

@@ -41,8 +41,8 @@ class Option:
 OPTIONS = {
     'checkpointing': Option(BOTH, '', 'recompute blocks of the backbone (with_cp)'),
     'accumulate': Option(BOTH, _COUNT, "N parts of batch/N images; or 'batch' parts"),
-    'bf16': Option((END_TO_END,), '', 'autocast to bfloat16'),
-    'fp16': Option((END_TO_END,), '', 'autocast to float16; CUDA only'),
+    'bf16': Option(BOTH, '', 'autocast to bfloat16'),
+    'fp16': Option(BOTH, '', 'autocast to float16; CUDA only'),
     'efficient': Option((END_TO_END,), '', "mmengine's efficient_conv_bn_eval"),
     'in-backward': Option((END_TO_END,), '', 'update in the backward pass'),
     'K': Option((LOCAL,), _COUNT, 'BalancedPartition with N modules'),
@@ -57,8 +57,6 @@ OPTIONS = {
 }
 _CONFLICTS = (('K', 'cuts', 'stages'), ('bf16', 'fp16'), ('fp16', 'in-backward'))
 _NOT_FOR_LOCAL = {
-    'bf16': 'local learning refuses mixed precision',
-    'fp16': 'local learning refuses mixed precision',
     'efficient': 'local learning folds norms itself, unless unfolded',
     'in-backward': 'use update=parameter',
 }
@@ -197,8 +195,13 @@ def scheme_config(
         cfg.model.backbone.with_cp = True
     elif 'checkpointing' in options and scheme.base == LOCAL:
         raise ValueError('the network has no with_cp: use recompute=NAME,NAME.')
+    if 'fp16' in options and not device.startswith('cuda'):
+        raise ValueError('fp16 needs --device cuda.')
+    amp = autocast_dtype(scheme)
     if scheme.base == LOCAL:
         _set_local(cfg, options, shape)
+        if amp:
+            _set_amp(wrapper, 'man_mm.AmpLocalLearningOptimWrapper', amp)
         return cfg
     for key in ('local_learning', 'constructor'):
         wrapper.pop(key, None)
@@ -209,13 +212,8 @@ def scheme_config(
             'optim_wrapper.clip_grad needs all gradients at once, but in-backward '
             'frees them one by one.'
         )
-    if 'fp16' in options and not device.startswith('cuda'):
-        raise ValueError('fp16 needs --device cuda.')
-    amp = autocast_dtype(scheme)
     if amp and device.startswith('cuda') and 'in-backward' not in options:
-        wrapper.type = 'AmpOptimWrapper'
-        wrapper.dtype = amp
-        wrapper.loss_scale = dict(init_scale=512.0)  # the first step is not skipped
+        _set_amp(wrapper, 'AmpOptimWrapper', amp)
     return cfg
 
 
@@ -223,6 +221,12 @@ def autocast_dtype(scheme: Scheme) -> str | None:
     """The dtype that a scheme autocasts to, or None."""
     names = {'bf16': 'bfloat16', 'fp16': 'float16'}
     return next((names[name] for name in names if name in scheme.options), None)
+
+
+def _set_amp(wrapper: Config, kind: str, dtype: str) -> None:
+    wrapper.type = kind
+    wrapper.dtype = dtype
+    wrapper.loss_scale = dict(init_scale=512.0)  # the first step is not skipped
 
 
 def _set_local(cfg: Config, options: dict, shape: tuple[int, ...]) -> None:

@@ -34,6 +34,7 @@ TRAINABLE = [
     'local+micro=1',
     'local+recompute=backbone.layer1.0,backbone.layer4',
     'local+unfolded',
+    'local+bf16',
     'local+update=parameter',
     'local+update=iteration',
     'local+checkpointing',
@@ -91,7 +92,6 @@ def test_schemes_are_parsed(tools):
         ('local+shuffle', ['not known', 'micro=N', 'parameter|iteration|module']),
         ('local+stages+stages', ['not known', 'once']),
         ('end-to-end+micro=1', ['local training only']),
-        ('local+bf16', ['end-to-end training only', 'mixed precision']),
         ('local+in-backward', ['update=parameter']),
         ('local+K=2+stages', ['K and stages exclude each other']),
         ('end-to-end+bf16+fp16', ['bf16 and fp16 exclude each other']),
@@ -147,6 +147,16 @@ def train(built):
     return [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
 
 
+def test_mixed_precision_by_local_learning_is_our_wrapper(tools, cfg):
+    types = []
+    for name in ('local+bf16', 'local'):
+        scheme = tools.schemes.parse_scheme(name)
+        wrapper = tools.schemes.scheme_config(cfg, scheme, SHAPE).optim_wrapper
+        types.append((wrapper.type, wrapper.get('dtype')))
+    assert types[0] == ('man_mm.AmpLocalLearningOptimWrapper', 'bfloat16')
+    assert 'Amp' not in types[1][0] and types[1][1] is None
+
+
 @pytest.mark.parametrize('name', TRAINABLE)
 def test_scheme_trains(tools, cfg, name):
     built = build(tools, cfg, name)
@@ -157,9 +167,18 @@ def test_scheme_trains(tools, cfg, name):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
-@pytest.mark.parametrize('option', ['fp16', 'bf16', 'bf16+in-backward'])
-def test_mixed_precision_trains_on_cuda(tools, cfg, option):
-    moved = train(build(tools, cfg, f'end-to-end+{option}', 'cuda'))
+@pytest.mark.parametrize(
+    'name',
+    [
+        'end-to-end+fp16',
+        'end-to-end+bf16',
+        'end-to-end+bf16+in-backward',
+        'local+fp16',
+        'local+bf16',
+    ],
+)
+def test_mixed_precision_trains_on_cuda(tools, cfg, name):
+    moved = train(build(tools, cfg, name, 'cuda'))
     assert sum(moved) > 0.9 * len(moved)
 
 

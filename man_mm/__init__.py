@@ -25,6 +25,7 @@ from .engine import (
     MemoryBankHook,
     ResumeHook,
     SafeCheckpointHook,
+    ShardedModel,
     build_learner,
 )
 from .version import __version__
@@ -47,6 +48,7 @@ __all__ = [
     'MemoryBankHook',
     'ResumeHook',
     'SafeCheckpointHook',
+    'ShardedModel',
     'StagePartition',
     'Unit',
     '__version__',

@@ -15,7 +15,7 @@ from .checkpoints import FORMAT, KEY, choose_checkpoint
 from .plain_data import from_plain_data, to_plain_data
 from .random_state import get_random_state, restart_workers, set_random_state
 from .saving import make_saving_safe
-from .sharded_model import check_gathered, gather_for_checkpoint, start_sharding
+from .sharded_runs import check_gathered, gather_for_checkpoint, start_sharding
 
 
 @root.HOOKS.register_module()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mmengine import registry as root
-from mmengine.hooks import EMAHook
-from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from .distributed import broadcast_module
@@ -82,53 +80,3 @@ class ShardedModel(nn.Module):
         """Predicts; see ``BaseModel.test_step`` of mmengine."""
         self.gather()
         return self.module.test_step(data)
-
-
-def start_sharding(runner: Runner) -> None:
-    """Shards a `ShardedModel` that is about to train; leaves other models alone.
-
-    Args:
-        runner: The runner, with everything loaded and resumed.
-
-    Raises:
-        ValueError: If something configured needs the whole model in training.
-    """
-    if not isinstance(runner.model, ShardedModel):
-        return
-    troubles = {
-        'EMAHook averages': any(isinstance(hook, EMAHook) for hook in runner.hooks),
-        'compile traces': bool(runner.cfg.get('compile')),
-    }
-    for trouble, is_there in troubles.items():
-        if is_there:
-            raise ValueError(
-                f'{trouble} whole weights, of which ShardedModel keeps a part on each '
-                f'rank: remove {trouble.split()[0]}, or model_wrapper_cfg.'
-            )
-    runner.model.shard(runner.optim_wrapper)
-
-
-def gather_for_checkpoint(runner: Runner) -> None:
-    """Gathers a `ShardedModel` and its optimizer before rank 0 saves, on all ranks.
-
-    Args:
-        runner: The runner.
-    """
-    sharding = getattr(runner.optim_wrapper, 'sharding', None)
-    if sharding is not None:
-        sharding.gather()
-        sharding.gather_optimizer()
-
-
-def check_gathered(runner: Runner) -> None:
-    """Refuses to save weights that are not there.
-
-    Args:
-        runner: The runner.
-
-    Raises:
-        RuntimeError: If model and optimizer are sharded, and were not gathered.
-    """
-    sharding = getattr(runner.optim_wrapper, 'sharding', None)
-    if sharding is not None:
-        sharding.optimizer_state()

@@ -67,20 +67,20 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
 
 
 def clip_norm(
-    params: Sequence[nn.Parameter], max_norm: float, norm_type: float = 2.0
+    params: Sequence[nn.Parameter], max_norm: float, norm_type: float | str = 2.0
 ) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` for gradients of which each rank has a part.
 
     Args:
         params: Parts of parameters, with gradients.
         max_norm: Norm that the gradients of all ranks together will have at most.
-        norm_type: Order of the norm. Default: 2.
+        norm_type: Order of the norm, ``'inf'`` for the maximum. Default: 2.
 
     Returns:
         The norm before.
     """
     grads = [param.grad for param in params]
-    norm = total_norm(grads, norm_type)
+    norm = total_norm(grads, float(norm_type))
     for grad in grads:
         grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
     return norm

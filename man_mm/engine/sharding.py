@@ -20,6 +20,8 @@ _NOT_GATHERED = (
     'The weights are sharded, and were not gathered for this checkpoint: only '
     'CheckpointHook and what derives from SafeCheckpointHook save them.'
 )
+# A message is held beside the weights or gradients that it is made of.
+_MESSAGE_BYTES = 25 * 2**20
 # They treat each element by itself, so a part of a parameter is a parameter to them.
 _ELEMENTWISE = (
     optim.SGD,
@@ -311,7 +313,10 @@ def _whole(parts: Tensor, like: Tensor) -> Tensor:
 
 
 def _bundle(params: Iterable[nn.Parameter]) -> list[Bundle]:
-    groups = defaultdict(list)
+    groups: dict[tuple, list[list[nn.Parameter]]] = defaultdict(lambda: [[]])
     for param in params:
-        groups[param.device, param.dtype].append(param)
-    return [Bundle(group) for group in groups.values()]
+        messages = groups[param.device, param.dtype]
+        if sum(p.nbytes for p in messages[-1]) + param.nbytes > _MESSAGE_BYTES:
+            messages.append([])
+        messages[-1].append(param)
+    return [Bundle(some) for some in chain(*groups.values()) if some]

@@ -12,6 +12,7 @@ from short_runs import build_runner, different, last_checkpoint, train
 from test_distributed import in_processes, same, share, state
 
 import man_mm
+from man_mm.core.memory import tensor_bytes
 from man_mm.engine import sharding
 from man_mm.engine.checks import check_model_wrapper, check_wrapper_type
 
@@ -77,6 +78,7 @@ def train_steps(kind, rank, world, accumulate=1, amp=None, **options):
 
 
 def train_both(rank, world, cases):
+    sharding._MESSAGE_BYTES = 2**16  # several messages a module
     return {
         name: [train_steps(kind, rank, world, **options) for kind in (DDP, SHARDED)]
         for name, options in cases.items()
@@ -134,12 +136,6 @@ def test_control_without_sums(tmp_path):
         assert not same(averaged, own_gradients)
 
 
-def storage(tensors):
-    """Bytes of memory, each piece once."""
-    pieces = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
-    return sum({piece.data_ptr(): piece.nbytes() for piece in pieces}.values())
-
-
 def count_bytes(rank, world, kind):
     """Bytes of weights, gradients and optimizer state, before the weights are moved."""
     model = build_classifier(18)
@@ -153,14 +149,13 @@ def count_bytes(rank, world, kind):
 
     def count(*_):
         grads = [p.grad for p in params if p.grad is not None]
-        counts['grads'] = storage(grads)
+        counts['grads'] = tensor_bytes(grads)
 
     optimizer.register_step_pre_hook(count)
     wrapped.train_step(share(batches(1)[0], rank, world), wrapper)
     heads = wrapper.learner.heads.parameters()
-    counts['weights'] = storage([*model.parameters(), *heads, *params])
-    states = optimizer.state.values()
-    counts['state'] = storage(v for state in states for v in state.values())
+    counts['weights'] = tensor_bytes([*model.parameters(), *heads, *params])
+    counts['state'] = tensor_bytes(optimizer)
     return counts
 
 

@@ -279,6 +279,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
         Without ``update`` gradients are accumulated, whole ones on their own rank.
         """
         if self.sharding is not None:
+            self.sharding.release(module)
+            self._settle()  # frees memory that the next module's weights need
             wait = self.sharding.finish(module)
         elif update:
             wait = average_gradients(self.learner.params(module))

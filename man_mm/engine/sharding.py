@@ -209,16 +209,19 @@ class Sharding:
         self._release(self._all())
         self._gather([*self._rest, *self._bundles[0]])
 
+    def release(self, module: LocalModule) -> None:
+        """Frees the weights of a module, after its backward pass."""
+        self._release(self._of(module))
+
     def finish(self, module: LocalModule) -> Callable[[], None]:
-        """Ends a module: the next one has its weights.
+        """Gives the next module its weights, and starts to average gradients.
 
         Args:
-            module: The module, after its backward pass.
+            module: The module, which has been released.
 
         Returns:
             Waits for the averages of its gradients; see `Bundle.reduce`.
         """
-        self._release(self._of(module))
         if not module.is_last:
             self._gather(self._bundles[module.index + 1])
         waits = [bundle.reduce() for bundle in self._of(module)]

@@ -123,6 +123,8 @@ class Bundle:
 
     def release(self) -> None:
         """Frees the memory of the parameters."""
+        if not self._is_gathered:
+            return
         for param in self.params:
             param.data = param.new_full((), torch.nan).expand(param.shape)
         self._is_gathered = False

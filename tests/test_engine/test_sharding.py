@@ -56,7 +56,7 @@ def batches(count=2):
 
 
 def train_steps(kind, rank, world, accumulate=1, amp=None, **options):
-    """Trains on this rank's share; returns weights, heads, memory, optimizer state."""
+    """Trains on this rank's share; returns what it learned, and the moments."""
     model = build_classifier(18)
     if amp is None:
         model.double()
@@ -65,16 +65,20 @@ def train_steps(kind, rank, world, accumulate=1, amp=None, **options):
     wrapper._accumulative_counts = accumulate
     if kind is SHARDED:
         wrapped.shard(wrapper)
+    predictions = []
     for batch in batches():
         mine = share(batch, rank, world)
         for part in range(accumulate):
             wrapped.train_step(share(mine, part, accumulate), wrapper)
+        wrapped.eval()
+        predictions += [p.pred_score for p in wrapped.val_step(mine)]
+        wrapped.train()
     if kind is SHARDED:
         wrapped.gather()
         wrapper.sharding.gather_optimizer()
     states = wrapper.state_dict()['state']
     moments = [v for i in sorted(states) for v in states[i].values() if v is not None]
-    return [t.clone() for t in state(model, wrapper)], moments
+    return [t.clone() for t in (*state(model, wrapper), *predictions)], moments
 
 
 def train_both(rank, world, cases):
@@ -198,7 +202,7 @@ def run(rank, world, folder):
     """Runs of the runner, with validation: sharded and not, resumed each by each."""
     os.environ['LOCAL_RANK'] = str(rank)
     ddp = dict(iters=4, custom_hooks=[], launcher='pytorch')
-    config = dict(model_wrapper_cfg=dict(type='ShardedModel'))
+    config = dict(model_wrapper_cfg=dict(type='man_mm.ShardedModel'))
     sharded = dict(ddp, cfg=config)
     train(folder / 'ddp', **ddp)
     train(folder / 'sharded', **sharded)

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import test_distributed
 import torch
 from conftest import LOCAL_LEARNING, build_classifier, build_wrapper, labelled_images
 from mmengine.hooks import Hook
@@ -114,6 +115,28 @@ def test_four_processes(tmp_path):
                 torch.testing.assert_close(
                     sharded_moments, moments, rtol=1e-9, atol=1e-12
                 )
+
+
+def train_detector(rank, world):
+    results = []
+    for kind in (DDP, SHARDED):
+        model = test_distributed.build('retinanet')
+        wrapped = kind(model)
+        wrapper = build_wrapper(wrapped)
+        if kind is SHARDED:
+            wrapped.shard(wrapper)
+        for batch in test_distributed.batches('retinanet'):
+            wrapped.train_step(share(batch, rank, world), wrapper)
+        if kind is SHARDED:
+            wrapped.gather()
+        results.append([t.clone() for t in state(model, wrapper)])
+    return results
+
+
+def test_a_detector(tmp_path):
+    """Its head is called by other names than ``forward``."""
+    for copied, sharded in in_processes(train_detector, tmp_path, 2):
+        assert same(copied, sharded)
 
 
 def break_and_train(rank, world):

@@ -33,6 +33,7 @@ from .engine import (
     MemoryBankHook,
     ResumeHook,
     SafeCheckpointHook,
+    ShardedModel,
     build_learner,
 )
 from .version import __version__
@@ -63,6 +64,7 @@ __all__ = [
     'SafeCheckpointHook',
     'STL10',
     'SVHN',
+    'ShardedModel',
     'StagePartition',
     'UniformPartition',
     'Unit',

@@ -14,6 +14,12 @@ DATASETS = Registry(
 )
 HOOKS = Registry('hook', parent=root.HOOKS, scope='man_mm', locations=['man_mm'])
 MODELS = Registry('model', parent=root.MODELS, scope='man_mm', locations=['man_mm'])
+MODEL_WRAPPERS = Registry(
+    'model_wrapper',
+    parent=root.MODEL_WRAPPERS,
+    scope='man_mm',
+    locations=['man_mm'],
+)
 OPTIM_WRAPPERS = Registry(
     'optim_wrapper',
     parent=root.OPTIM_WRAPPERS,

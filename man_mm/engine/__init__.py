@@ -16,6 +16,7 @@ from .hooks import MemoryBankHook
 from .optim_wrapper import LocalLearningOptimWrapper
 from .resume import ResumeHook
 from .saving import SafeCheckpointHook
+from .sharded_model import ShardedModel
 
 for _partition in (StagePartition, UniformPartition, CutPartition, BalancedPartition):
     root.TASK_UTILS.register_module(module=_partition)
@@ -29,5 +30,6 @@ __all__ = [
     'MemoryBankHook',
     'ResumeHook',
     'SafeCheckpointHook',
+    'ShardedModel',
     'build_learner',
 ]

@@ -22,6 +22,7 @@ from man_mm.core import LocalLearner, LocalModule
 from .checks import check_model_wrapper, check_start
 from .distributed import average_gradients
 from .out_of_memory import Measure, explains_out_of_memory
+from .sharding import Sharding, clip_norm, total_norm
 
 _UPDATE_BYTES = 2**20
 # More than a dynamic loss scale of 2**16 needs to come down to 1.
@@ -93,9 +94,10 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self.learner = learner
         self.update = update
         self.clip = clip
+        self.sharding: Sharding | None = None
         self._measure = measure
         self._shape: tuple[int, ...] = ()
-        self._under_way: tuple[LocalModule, Callable[[], None]] | None = None
+        self._under_way: tuple[LocalModule, Callable[[], None], bool] | None = None
         self._skips: Counter[str] = Counter()
 
     def initialize_count_status(
@@ -110,6 +112,20 @@ class LocalLearningOptimWrapper(OptimWrapper):
         """
         check_start(self.learner, self.update)
         super().initialize_count_status(model, init_counts, max_counts)
+
+    def shard(self) -> Sharding:
+        """Splits parameters, heads and the optimizer's state over the ranks.
+
+        Returns:
+            What gathers them.
+
+        Raises:
+            ValueError: If the optimizer may need whole parameters.
+        """
+        self.sharding = Sharding(self.learner, self.optimizer)
+        if self.clip_grad_kwargs and self.grad_name == 'grad_norm':
+            self.clip_func = clip_norm
+        return self.sharding
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -132,6 +148,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
             handle = plain.register_forward_pre_hook(self._capture, with_kwargs=True)
             stack.callback(handle.remove)
             stack.enter_context(self._explained())
+            if self.sharding is not None:
+                self.sharding.start()
             stack.enter_context(self.learner.step(backward=self.local_backward))
             yield
 
@@ -143,11 +161,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
             module: The module that it trains.
             complete: Whether no other loss of this iteration reaches the module.
         """
-        complete = complete and self.should_sync()
-        with self._updating(loss, module, complete):
+        update = complete and self.should_sync()
+        with self._updating(loss, module, update):
             self._scaled(self.scale_loss(loss), module).backward()
         if complete:
-            self._finish(module)
+            self._finish(module, update)
 
     def update_params(
         self,
@@ -166,9 +184,10 @@ class LocalLearningOptimWrapper(OptimWrapper):
         last = modules[-1]
         with self._explained(), self._updating(loss, last, self.should_sync()):
             self.backward(self._scaled(self.scale_loss(loss), last))
-        if self.should_update():
-            self._finish(last)
-            self._settle()
+        update = self.should_update()
+        self._finish(last, update)
+        self._settle()
+        if update:
             if self.update == 'iteration':
                 self._step(modules, **(step_kwargs or {}))
             self.learner.updated()
@@ -182,7 +201,10 @@ class LocalLearningOptimWrapper(OptimWrapper):
             heads=self.learner.heads.state_dict(),
             bank=None if bank is None else bank.state_dict(),
         )
-        return {**super().state_dict(), 'local_learning': local}
+        state = super().state_dict()
+        if self.sharding is not None:
+            state['state'] = self.sharding.optimizer_state()
+        return {**state, 'local_learning': local}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores what `state_dict` returned.
@@ -253,19 +275,31 @@ class LocalLearningOptimWrapper(OptimWrapper):
                 stack.callback(handle.remove)
             yield
 
-    def _finish(self, module: LocalModule) -> None:
-        """Starts to average a module's gradients; updates the module before it."""
-        wait = average_gradients(self.learner.params(module))
+    def _finish(self, module: LocalModule, update: bool) -> None:
+        """Starts to average a module's gradients; updates the module before it.
+
+        Without ``update`` gradients are accumulated, whole ones on their own rank.
+        """
+        if self.sharding is not None:
+            self.sharding.release(module)
+            self._settle()  # frees memory that the next module's weights need
+            wait = self.sharding.finish(module)
+        elif update:
+            wait = average_gradients(self.learner.params(module))
+        else:
+            return
         self._settle()
-        self._under_way = module, wait
+        self._under_way = module, wait, update
         if dist.get_world_size() == 1:
             self._settle()
 
     def _settle(self) -> None:
         if self._under_way is None:
             return
-        (module, wait), self._under_way = self._under_way, None
+        (module, wait, update), self._under_way = self._under_way, None
         wait()
+        if not update:
+            return
         if self.update == 'module':
             self._step([module])
         elif self.update == 'parameter':  # those that its last loss did not reach
@@ -288,14 +322,17 @@ class LocalLearningOptimWrapper(OptimWrapper):
             param.grad = None
 
     def _with_grad(self, module: LocalModule) -> list[nn.Parameter]:
-        return [p for p in self.learner.params(module) if p.grad is not None]
+        params = self.learner.params(module)
+        if self.sharding is not None:
+            params = self.sharding.shards(module)
+        return [param for param in params if param.grad is not None]
 
     def _check_and_clip(self, module: LocalModule) -> bool:
         """Whether a module's gradients are finite, which all ranks agree on."""
         params = self._with_grad(module)
         if not params:
             return True
-        norm = _norm(params) if self.clip == 'global' else self._clip(params)
+        norm = self._norm(params) if self.clip == 'global' else self._clip(params)
         if not norm.isfinite():
             self._skip(module)
             return False
@@ -308,10 +345,17 @@ class LocalLearningOptimWrapper(OptimWrapper):
         """Clips gradients, if so configured; returns their norm before."""
         if self.clip_grad_kwargs and self.grad_name == 'grad_norm':
             return self.clip_func(params, **self.clip_grad_kwargs)
-        norm = _norm(params)
+        norm = self._norm(params)
         if self.clip_grad_kwargs:
             self.clip_func(params, **self.clip_grad_kwargs)
         return norm
+
+    def _norm(self, params: Sequence[nn.Parameter]) -> Tensor:
+        grads = [param.grad for param in params]
+        if self.sharding is not None:
+            return total_norm(grads)
+        norms = [torch.linalg.vector_norm(grad) for grad in grads]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def _skip(self, module: LocalModule) -> None:
         self._skips[module.name] += 1
@@ -332,11 +376,6 @@ class LocalLearningOptimWrapper(OptimWrapper):
 
     def _log(self, name: str, value: Tensor) -> None:
         self.message_hub.update_scalar(f'train/{name}', value)
-
-
-def _norm(params: Sequence[nn.Parameter]) -> Tensor:
-    norms = [torch.linalg.vector_norm(param.grad) for param in params]
-    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 @contextmanager

@@ -159,7 +159,7 @@ class SafeCheckpointHook(CheckpointHook):
         own = vars(self)
         before = {key: copy.copy(own[key]) for key in _STATE if key in own}
         info = dict(runner.message_hub.runtime_info)
-        runner.call_hook('gather_random_state')
+        runner.call_hook('gather_state')
         reason: list[str | None] = [None]
         try:
             yield

@@ -167,7 +167,7 @@ def rank(index, port, folder):
     train(Path(folder, 'whole'), **run)
     for name in ('stopped', 'control'):
         if name == 'control':  # rank 0's state alone is saved
-            resume.ResumeHook.gather_random_state = lambda self, runner: None
+            resume.ResumeHook.gather_state = lambda self, runner: None
         train(Path(folder, name), stop=3, **run)
         train(Path(folder, name), **run)
     torch.distributed.destroy_process_group()

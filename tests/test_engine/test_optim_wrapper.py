@@ -99,8 +99,8 @@ def test_gradients_are_freed_module_by_module(model):
     alive = []
     finish = wrapper._finish
 
-    def spy(module):
-        finish(module)
+    def spy(module, update):
+        finish(module, update)
         alive.append(sum(p.grad is not None for p in model.parameters()))
 
     wrapper._finish = spy

@@ -107,6 +107,7 @@ def test_two_processes_on_a_cpu_and_mixed_precision(digits, tmp_path):
         'default_hooks.checkpoint.interval=2',
         'default_hooks.logger.interval=1',
         'train_dataloader.batch_size=2',
+        'model.test_cfg.score_thr=0',  # hardly trained, it still predicts something
         args=['--launcher', 'pytorch', '--amp'],
         gpus=2,
     )  # fmt: skip

@@ -13,7 +13,8 @@ CARD, MEMORY = Path('configs/man/README.md'), Path('docs/memory.md')
 README, RESTORATION = Path('README.md'), Path('docs/super_resolution.md')
 CARDS = sorted(Path('configs').glob('*/README.md'))
 FOLDERS = [path.parent.name for path in CARDS]
-DOCUMENTS = (README, CARD, MEMORY, RESTORATION, Path('docs/pipeline.md'))
+PROCESSES = (Path('docs/pipeline.md'), Path('docs/distributed.md'))
+DOCUMENTS = (README, CARD, MEMORY, RESTORATION, *PROCESSES)
 MIB = 2**20
 
 
@@ -23,6 +24,7 @@ def step_rows(monkeypatch):
     monkeypatch.syspath_prepend('tools')
     import _comparison
     import compare
+    import measure_sharding
     import pipeline
     from _records import markdown_rows, read_records
 
@@ -30,6 +32,8 @@ def step_rows(monkeypatch):
         assert folder.is_dir(), folder
         if folder.parent.name == 'training':
             return _comparison.markdown_rows(compare.read_folder(folder))
+        if folder.name == 'sharding':
+            return measure_sharding.markdown_rows(measure_sharding.read_records(folder))
         if folder.name == 'pipeline':
             return pipeline.markdown_rows(pipeline.read_records(folder))
         return markdown_rows(read_records(folder))

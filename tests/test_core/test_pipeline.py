@@ -320,7 +320,7 @@ def worker(rank, folder):
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp('pipeline')
-    mp.spawn(worker, (str(folder),), nprocs=3)
+    mp.start_processes(worker, (str(folder),), nprocs=3, start_method='fork')
     return [torch.load(folder / f'{rank}.pth') for rank in range(3)]
 
 

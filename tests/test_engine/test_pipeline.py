@@ -119,7 +119,7 @@ def worker(rank, folder):
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp('pipeline')
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    mp.start_processes(worker, (str(folder),), nprocs=2, start_method='fork')
     return torch.load(folder / '0.pth')
 
 

@@ -32,6 +32,7 @@ COLUMNS = {
 SGD = 'optim_wrapper.optimizer'
 LOCAL = 'optim_wrapper.local_learning'
 ROWS = {}
+COMPILE = '`compile` of mmengine (the graph breaks at each cut)'
 
 
 def row(title, **refused):
@@ -291,7 +292,7 @@ def resuming(run):
     assert same(whole.history[-1], resumed.history[-1])
 
 
-@row('`compile` of mmengine (the graph breaks at each cut)')
+@row(COMPILE)
 def compiled(run):
     plain = run(iters=2).history[-1]
     fast = run(dict(compile=dict(backend='eager')), iters=2).history[-1]
@@ -337,7 +338,12 @@ refusing('DeepSpeed', type='DeepSpeedOptimWrapper')
 
 def cells():
     return [
-        pytest.param(title, column, id=f'{title}-{column}')
+        pytest.param(
+            title,
+            column,
+            id=f'{title}-{column}',
+            marks=[pytest.mark.slow] if title == COMPILE else [],
+        )
         for title in ROWS
         for column in COLUMNS
     ]

@@ -21,6 +21,7 @@ from .micro_batches import (
     Chain,
     Maps,
     MicroBatches,
+    check_maps,
     join_slices,
     slice_batch,
     slices_of,
@@ -106,11 +107,8 @@ class LocalLearner:
                 f'micro_batch_size must be at least 1 image, got {micro_batch_size}.'
             )
         units = [unit for module in modules for unit in module.units]
-        if micro_batch_size is not None and any(unit.as_map for unit in units):
-            raise ValueError(
-                'micro_batch_size needs units that take nothing but a map, and '
-                f'{units[0].name!r} takes more: remove micro_batch_size.'
-            )
+        if micro_batch_size is not None:
+            check_maps(units, 'micro_batch_size', 'remove micro_batch_size')
         self.model = model
         self.modules = tuple(modules)
         self.active = self.modules

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .partition import Unit
 from .patches import Forward
 
 Maps = dict[str, Tensor]
@@ -64,6 +65,24 @@ class MicroBatches:
             self._outputs = self._run(self.chain, x)
         self._awaited = (self._awaited + 1) % len(self.parts)
         return self._outputs.pop(name, x)
+
+
+def check_maps(units: Sequence[Unit], user: str, fix: str) -> None:
+    """Refuses units whose parts `MicroBatches` cannot run or replace.
+
+    Args:
+        units: All units of a network.
+        user: What needs them, for the message.
+        fix: What to do instead.
+
+    Raises:
+        ValueError: If units take or return something else than one map.
+    """
+    if any(unit.as_map for unit in units):
+        raise ValueError(
+            f'{user} needs units that take nothing but a map, and {units[0].name!r} '
+            f'takes more: {fix}.'
+        )
 
 
 def slices_of(count: int, size: int) -> list[slice]:

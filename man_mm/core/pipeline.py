@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .channel import Channel
 from .elsewhere import elsewhere
 from .learner import ENTRY, Backward, LocalLearner, _backward
-from .micro_batches import Chain, Maps, MicroBatches
+from .micro_batches import Chain, Maps, MicroBatches, check_maps
 from .partition import LocalModule, ends_of_stages, outlets
 from .patches import patched
 
@@ -57,7 +57,8 @@ class ModulePipeline:
 
     Raises:
         ValueError: If there are more ranks than modules, ``sizes``, ``reads`` or
-            ``in_flight`` make no sense, or a head follows weights of later modules.
+            ``in_flight`` make no sense, units work on tokens, or a head follows weights
+            of later modules.
     """
 
     def __init__(
@@ -71,6 +72,9 @@ class ModulePipeline:
         group = group or dist.group.WORLD
         self._rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         sizes = _check_sizes(sizes, len(learner.modules), ranks)
+        if ranks > 1:
+            units = [unit for module in learner.modules for unit in module.units]
+            check_maps(units, 'A pipeline', 'train in one process')
         if any(hasattr(head, 'follow') for head in learner.heads):
             raise ValueError(
                 'A pipeline has no later modules on a rank, and such heads as '

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -65,6 +66,14 @@ class Pyramid(nn.Module):
 
 def build_plain():
     return build(4, bank=MemoryBank(momentum=0.5))
+
+
+def build_tokens():
+    learner = build_plain()
+    first, *others = learner.modules
+    units = tuple(replace(u, as_map=lambda x, args: x) for u in first.units)
+    learner.modules = (replace(first, units=units), *others)
+    return learner
 
 
 def build_statistics():
@@ -212,6 +221,7 @@ def run(rank):
         'channel': run_channel(rank, channel),
         'global skip': run_global_skip(skip),
         'too many': message_of(lambda: ModulePipeline(build(2, cuts=[]))),
+        'tokens': message_of(lambda: ModulePipeline(build_tokens())),
     }
     dist.barrier()
     results['unread'] = run_unread(rank, unread)
@@ -375,6 +385,11 @@ def test_a_map_that_was_not_sent_is_an_error(results):
 
 def test_a_global_skip_is_refused_on_all_ranks(results):
     assert all('a pipeline sends none back' in r['global skip'] for r in results)
+
+
+def test_units_on_tokens_are_refused_on_all_ranks(results):
+    message = 'A pipeline needs units that take nothing but a map'
+    assert all(message in result['tokens'] for result in results)
 
 
 def test_a_rank_that_ended_is_an_error(results):

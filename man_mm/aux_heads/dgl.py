@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from man_mm.core import MemoryBank
 
 from .base import AuxHead, AuxSite
+from .blocks import conv_block
 from .classifier import linear_classifier
 
 _LAYERS = 3
@@ -37,11 +38,13 @@ class DGLHead(AuxHead):
         super().__init__()
         own = site.own[-1]
         self.own = own.name
-        self.convs = nn.Sequential()
-        for _ in range(_LAYERS):
-            self.convs.append(nn.Conv2d(own.channels, own.channels, 1, bias=False))
-            self.convs.append(nn.BatchNorm2d(own.channels))
-            self.convs.append(nn.ReLU(inplace=True))
+        self.convs = nn.Sequential(
+            *(
+                layer
+                for _ in range(_LAYERS)
+                for layer in conv_block(own.channels, own.channels, 1, norm='BN')
+            )
+        )
         width = 4 * own.channels
         self.mlp = nn.Sequential()
         for _ in range(_LAYERS - 1):

@@ -103,6 +103,17 @@ def reduce_scatter(tensor: Tensor) -> tuple[Tensor, Any]:
     return part, _REDUCE_SCATTER(part, tensor, async_op=True)
 
 
+def gradient_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """Norm of the gradients of this rank, taken together.
+
+    Args:
+        grads: Gradients, at least one.
+        norm_type: Order of the norm. Default: 2.
+    """
+    norms = [torch.linalg.vector_norm(grad, norm_type) for grad in grads]
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
 def average_tensors(tensors: Sequence[Tensor]) -> None:
     """Averages tensors over all ranks, in place; does nothing on one rank."""
     if dist.get_world_size() > 1 and tensors:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from mmengine import dist
 from mmengine import registry as root
 from mmengine.logging import print_log
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from man_mm.core import LocalLearner, LocalModule
 
 from .checks import check_model_wrapper, check_start
-from .distributed import average_gradients
+from .distributed import average_gradients, gradient_norm
 from .out_of_memory import Measure, explains_out_of_memory
 from .sharding import Sharding, clip_norm, total_norm
 
@@ -352,10 +351,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
 
     def _norm(self, params: Sequence[nn.Parameter]) -> Tensor:
         grads = [param.grad for param in params]
-        if self.sharding is not None:
-            return total_norm(grads)
-        norms = [torch.linalg.vector_norm(grad) for grad in grads]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        return gradient_norm(grads) if self.sharding is None else total_norm(grads)
 
     def _skip(self, module: LocalModule) -> None:
         self._skips[module.name] += 1

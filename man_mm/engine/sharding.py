@@ -14,7 +14,7 @@ from torch import Tensor, nn, optim
 
 from man_mm.core import LocalLearner, LocalModule
 
-from .distributed import all_gather, reduce_scatter, waited
+from .distributed import all_gather, gradient_norm, reduce_scatter, waited
 
 _NOT_GATHERED = (
     'The weights are sharded, and were not gathered for this checkpoint: only '
@@ -63,8 +63,7 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         grads: This rank's parts.
         norm_type: Order of the norm. Default: 2.
     """
-    norms = torch.stack([torch.linalg.vector_norm(grad, norm_type) for grad in grads])
-    ranks = all_gather(torch.linalg.vector_norm(norms, norm_type)[None])
+    ranks = all_gather(gradient_norm(grads, norm_type)[None])
     return torch.linalg.vector_norm(ranks, norm_type)
 
 

@@ -28,15 +28,20 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def start(rank, world, port, seconds=120):
-    """A process becomes a rank. It was forked, which is faster than importing torch."""
+def become_rank(rank, world, port):
+    """Sets up a process that was forked, which is faster than importing torch."""
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR='127.0.0.1',
         MASTER_PORT=str(port),
         RANK=str(rank),
+        LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world),
     )
+
+
+def start(rank, world, port, seconds=120):
+    become_rank(rank, world, port)
     torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
 
 

@@ -3,7 +3,6 @@
 ``python tests/test_engine/test_support.py`` writes the table into the document.
 """
 
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -372,17 +371,10 @@ def test_cell(title, column, tmp_path):
     if column != 'two processes':
         check(title, column, tmp_path)
         return
-    from test_distributed import free_port
+    from test_distributed import become_rank, free_port
 
     def work(rank, port):
-        torch.set_num_threads(1)
-        os.environ.update(
-            MASTER_ADDR='127.0.0.1',
-            MASTER_PORT=str(port),
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE='2',
-        )
+        become_rank(rank, 2, port)
         check(title, column, tmp_path)
 
     mp.start_processes(work, (free_port(),), nprocs=2, start_method='fork')

@@ -2,8 +2,9 @@
 
 The four files come from Debian's package dataset-fashion-mnist or from a folder of your
 own, and are unpacked to where mmpretrain's data set class reads them: 60,000 images
-for training and 10,000 for testing, 28×28 pixels, 10 classes. Fashion-MNIST is under
-the MIT license (Zalando SE). For the settings, run it with --help.
+for training and 10,000 for testing, 28×28 pixels, 10 classes. With --side, the images
+are reduced to fewer pixels, for comparisons without a GPU. Fashion-MNIST is under the
+MIT license (Zalando SE). For the settings, run it with --help.
 """
 
 import argparse
@@ -15,10 +16,13 @@ import sys
 import zlib
 from pathlib import Path
 
+import cv2
+import numpy as np
 from _manifest import begin_manifest, finish_manifest, read_manifest
 from rich.console import Console
 
 RECIPE = 'man_mm fashion 1'
+SIDE = 28  # pixels
 PACKAGE = 'dataset-fashion-mnist'
 PLACE = 'usr/share/datasets/fashion-mnist'
 SHAPES = {
@@ -42,14 +46,28 @@ def _read(folder, name, fix):
     raise FileNotFoundError(f'{folder / name}.gz is missing: {fix}')
 
 
+def _head(shape):
+    """Return the beginning of an IDX file of unsigned bytes."""
+    return struct.pack(f'>HBB{len(shape)}I', 0, 8, len(shape), *shape)
+
+
 def _check(name, data, shape):
     """Refuse what is no IDX file of unsigned bytes of this shape."""
-    head = struct.pack(f'>HBB{len(shape)}I', 0, 8, len(shape), *shape)
+    head = _head(shape)
     if not data.startswith(head) or len(data) != len(head) + math.prod(shape):
         raise ValueError(f'{name} is not that of Fashion-MNIST: give the original file')
 
 
-def make_fashion(out='data/fashion', folder=None, root='/', shapes=SHAPES):
+def _reduce(data, shape, side):
+    """Return an IDX file with images of `side` pixels; one of labels as it is."""
+    if len(shape) == 1 or side == SIDE:
+        return data
+    images = np.frombuffer(data, np.uint8)[len(_head(shape)) :].reshape(shape)
+    small = [cv2.resize(x, (side, side), interpolation=cv2.INTER_AREA) for x in images]
+    return _head((shape[0], side, side)) + np.stack(small).tobytes()
+
+
+def make_fashion(out='data/fashion', folder=None, root='/', side=SIDE, shapes=SHAPES):
     """Unpack Fashion-MNIST, unless `out` holds it already.
 
     Args:
@@ -57,15 +75,19 @@ def make_fashion(out='data/fashion', folder=None, root='/', shapes=SHAPES):
         folder (str | pathlib.Path | None): Where the four files are, as IDX or IDX in
             gzip; None for Debian's package.
         root (str | pathlib.Path): Where the package is unpacked.
+        side (int): Height and width of the images to write, in pixels.
         shapes (dict[str, tuple[int, ...]]): Names of the files, with their shapes.
 
     Returns:
         pathlib.Path: The folder `out`.
 
     Raises:
-        ValueError: `out` holds other files, or a file is not of Fashion-MNIST.
+        ValueError: `side` is no size to reduce to, `out` holds other files, or a file
+            is not of Fashion-MNIST.
         OSError: A file is missing or damaged, or `out` cannot be written.
     """
+    if not 4 <= side <= SIDE:
+        raise ValueError(f'--side must be from 4 to {SIDE} pixels, got {side}')
     out = Path(out)
     fix = (
         f'apt-get install {PACKAGE}, or unpack that package with dpkg -x and give the '
@@ -75,6 +97,7 @@ def make_fashion(out='data/fashion', folder=None, root='/', shapes=SHAPES):
     files = {name: _read(place, name, fix) for name in shapes}
     for name, data in files.items():
         _check(name, data, shapes[name])
+    files = {name: _reduce(data, shapes[name], side) for name, data in files.items()}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     settings = {'recipe': RECIPE, 'license': 'MIT', 'files': hashes}
     try:
@@ -104,6 +127,7 @@ def main(args=None):
     add('--out', default='data/fashion', help='folder to write')
     add('--folder', metavar='DIR', help='with the four files, instead of a package')
     add('--root', default='/', metavar='DIR', help=f'where {PACKAGE} is unpacked')
+    add('--side', type=int, default=SIDE, help='reduce the images to these pixels')
     options = vars(parser.parse_args(args))
     try:
         out = make_fashion(**options)

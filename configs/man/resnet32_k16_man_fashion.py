@@ -5,7 +5,7 @@ optim_wrapper = dict(
     constructor='LocalLearningOptimWrapperConstructor',
     local_learning=dict(
         partition=dict(type='UniformPartition', num_modules=16),
-        aux_head=dict(type='MANHead', norm='BN'),
+        aux_head=dict(type='MANHead', channels=32, norm='BN'),
     ),
 )
 default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))

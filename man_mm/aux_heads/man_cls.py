@@ -38,8 +38,8 @@ class MANClsHead(AuxHead):
             ``'light'``.
         channels: Width of the light SLM and of each vector from the bank; the
             classifier sees four times as many channels of the SLM. Default: 64.
-        num_blocks: Convolutions, or blocks, of the SLM for each later stage.
-            Default: 1.
+        num_blocks: Convolutions, or blocks, of the SLM for each later stage; with 0
+            there is no SLM, and the module's own map is pooled. Default: 1.
         use_bank: Whether to read pooled maps of earlier modules. Default: True.
         fusion: How vectors from the bank enter: ``'concatenate'`` them to the SLM's
             features, or ``'add'``. Default: ``'concatenate'``.
@@ -75,10 +75,10 @@ class MANClsHead(AuxHead):
                 raise ValueError(
                     f'aux_head.{key} must be one of {known}, got {value!r}.'
                 )
-        if channels < 1 or num_blocks < 1:
+        if channels < 1 or num_blocks < 0:
             raise ValueError(
-                'aux_head.channels and aux_head.num_blocks must be at least 1, got '
-                f'{channels} and {num_blocks}.'
+                'aux_head.channels must be at least 1 and aux_head.num_blocks at least '
+                f'0, got {channels} and {num_blocks}.'
             )
         own = site.own[-1]
         # The blocks of a stage add to one stream: its last map stands for all.
@@ -88,7 +88,10 @@ class MANClsHead(AuxHead):
         self.earlier = [tap.name for tap in earlier]
         self.needs_bank = bool(earlier)
         self.reads = frozenset(self.earlier)
-        if mode == 'light':
+        if not num_blocks:
+            self.slm = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            width = own.channels
+        elif mode == 'light':
             later = [tap.stride for tap in site.later]
             self.slm = PooledSLM(
                 own.channels, own.stride, later, channels, num_blocks, norm

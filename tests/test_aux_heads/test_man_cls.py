@@ -311,6 +311,7 @@ def test_a_head_without_num_classes():
 
 
 VARIANTS = [
+    dict(num_blocks=0),
     dict(num_blocks=2),
     dict(fusion='add'),
     dict(norm='BN'),

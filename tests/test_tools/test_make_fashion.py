@@ -68,6 +68,20 @@ def test_of_a_package_and_only_once(tmp_path, capsys):
     assert len(list(out.iterdir())) == 5
 
 
+def test_images_are_reduced(tmp_path):
+    from mmpretrain.datasets import FashionMNIST
+
+    out = make(tmp_path / 'out', folder=write(tmp_path / 'in'), side=14)
+    dataset = FashionMNIST(str(out), split='train', download=False)
+    small = np.stack([dataset.get_data_info(i)['img'] for i in range(6)])
+    full = idx(SHAPES['train-images-idx3-ubyte'], 0)[1]
+    means = full.reshape(6, 14, 2, 14, 2).mean((2, 4))
+    assert small.shape == (6, 14, 14)
+    assert np.abs(small - means).max() <= 0.5
+    with pytest.raises(ValueError, match='--side must be from 4 to 28'):
+        make(tmp_path / 'other', folder=tmp_path / 'in', side=29)
+
+
 def test_a_missing_file(tmp_path):
     (write(tmp_path / 'in') / 't10k-labels-idx1-ubyte.gz').unlink()
     with pytest.raises(FileNotFoundError, match='t10k-labels.*dpkg -x.*--folder'):

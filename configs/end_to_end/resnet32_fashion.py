@@ -19,6 +19,7 @@ data_root = 'data/fashion'
 train_dataloader = dict(
     batch_size=128,
     num_workers=0,
+    persistent_workers=False,  # mmpretrain's script would set it
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
         type='FashionMNIST',
@@ -36,6 +37,7 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=250,
     num_workers=0,
+    persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='FashionMNIST',

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, 'tools')
 from make_digits import make_digits
+from make_fashion import SHAPES, idx_head, make_fashion
 from make_photos import make_photos
 
 MIM = Path(sys.executable).with_name('mim')
@@ -185,3 +188,77 @@ def test_super_resolution_with_mmagic(tmp_path):
     scores = json.loads(max(stock.glob('*/2*.json')).read_text())
     trained = [row for row in rows if 'PSNR' in row][-1]
     assert scores['PSNR'] == trained['PSNR'] > 5
+
+
+def fashion(folder):
+    """A few images in the files of Fashion-MNIST."""
+    shapes = {name: (8, *shape[1:]) for name, shape in SHAPES.items()}
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        data = rng.integers(10, size=shape, dtype=np.uint8).tobytes()
+        (folder / name).write_bytes(idx_head(shape) + data)
+    return make_fashion(folder.parent / 'fashion', folder, shapes=shapes)
+
+
+def test_classification_with_mmpretrain(tmp_path):
+    """Trained by local learning, tested by the config without it."""
+    data = fashion(tmp_path / 'original')
+    roots = [f'{name}_dataloader.dataset.data_root={data}' for name in ('val', 'test')]
+    options = [
+        f'train_dataloader.dataset.data_root={data}',
+        'train_dataloader.dataset.indices=8',
+        *roots,
+        'train_dataloader.batch_size=4',
+        'train_cfg.max_epochs=1',
+        'default_hooks.logger.interval=1',
+    ]
+    man, stock = tmp_path / 'man', tmp_path / 'stock'
+    mim(
+        'train', 'configs/man/resnet32_k4_man_fashion.py', man, *options,
+        package='mmpretrain',
+    )  # fmt: skip
+    rows = scalars(man)
+    keys = {f'module{i}/{k}' for i in (1, 2, 3) for k in ('loss', 'grad_norm')}
+    assert keys | {'bank_bytes'} <= rows[0].keys()
+    mim(
+        'test', 'configs/end_to_end/resnet32_fashion.py', stock, *roots,
+        args=['--checkpoint', man / 'epoch_1.pth'], package='mmpretrain',
+    )  # fmt: skip
+    scores = json.loads(max(stock.glob('*/2*.json')).read_text())
+    assert scores['accuracy/top1'] == rows[-1]['accuracy/top1']
+
+
+def test_stock_classifier_by_options_alone(tmp_path):
+    """An ImageNet config of mmpretrain, on images in ImageNet's folders."""
+    rng, data = np.random.default_rng(0), tmp_path / 'imagenet'
+    (data / 'meta').mkdir(parents=True)
+    for split in ('train', 'val'):
+        (data / split).mkdir()
+        (data / 'meta' / f'{split}.txt').write_text('0.png 3\n1.png 7\n')
+        for index in range(2):
+            image = rng.integers(256, size=(48, 64, 3), dtype=np.uint8)
+            cv2.imwrite(str(data / split / f'{index}.png'), image)
+    loaders = [
+        f'{name}_dataloader.{option}'
+        for name in ('train', 'val', 'test')
+        for option in (
+            f'dataset.data_root={data}',
+            'batch_size=2',
+            'num_workers=0',
+            'persistent_workers=False',
+        )
+    ]
+    mim(
+        'train', 'resnet18_8xb32_in1k.py', tmp_path / 'run',
+        'optim_wrapper.type=man_mm.LocalLearningOptimWrapper',
+        'optim_wrapper.constructor=man_mm.LocalLearningOptimWrapperConstructor',
+        'default_hooks.memory_bank.type=man_mm.MemoryBankHook',
+        *loaders,
+        'train_dataloader.dataset.pipeline.1.scale=64',
+        'train_cfg.max_epochs=1',
+        'default_hooks.logger.interval=1',
+        package='mmpretrain',
+    )  # fmt: skip
+    row = [row for row in scalars(tmp_path / 'run') if 'loss' in row][-1]
+    assert {'module1/loss', 'module2/loss', 'module3/loss'} <= row.keys()

@@ -46,14 +46,14 @@ def _read(folder, name, fix):
     raise FileNotFoundError(f'{folder / name}.gz is missing: {fix}')
 
 
-def _head(shape):
+def idx_head(shape):
     """Return the beginning of an IDX file of unsigned bytes."""
     return struct.pack(f'>HBB{len(shape)}I', 0, 8, len(shape), *shape)
 
 
 def _check(name, data, shape):
     """Refuse what is no IDX file of unsigned bytes of this shape."""
-    head = _head(shape)
+    head = idx_head(shape)
     if not data.startswith(head) or len(data) != len(head) + math.prod(shape):
         raise ValueError(f'{name} is not that of Fashion-MNIST: give the original file')
 
@@ -62,9 +62,9 @@ def _reduce(data, shape, side):
     """Return an IDX file with images of `side` pixels; one of labels as it is."""
     if len(shape) == 1 or side == SIDE:
         return data
-    images = np.frombuffer(data, np.uint8)[len(_head(shape)) :].reshape(shape)
+    images = np.frombuffer(data, np.uint8)[len(idx_head(shape)) :].reshape(shape)
     small = [cv2.resize(x, (side, side), interpolation=cv2.INTER_AREA) for x in images]
-    return _head((shape[0], side, side)) + np.stack(small).tobytes()
+    return idx_head((shape[0], side, side)) + np.stack(small).tobytes()
 
 
 def make_fashion(out='data/fashion', folder=None, root='/', side=SIDE, shapes=SHAPES):

@@ -8,7 +8,10 @@ r"""Train configs with several seeds and compare them: accuracy, memory and time
 
 For classification, detection and super-resolution alike. Every run writes one JSON
 file; what is there already is not trained again, and a run that was stopped goes on
-from its last checkpoint. Ratios are those to the first entry.
+from its last checkpoint. Ratios are those to the first entry. Arguments can also come
+from a file, one a line, such as those in ``benchmarks/comparisons``:
+
+    python tools/compare.py @benchmarks/comparisons/fashion.txt --jobs 2
 """
 
 from __future__ import annotations
@@ -89,7 +92,9 @@ def read_folder(folder: Path) -> list[dict]:
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default the process's."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars='@',
     )
     parser.add_argument('entries', nargs='*', metavar='"NAME=CONFIG [KEY=VALUE ...]"')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])

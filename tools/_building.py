@@ -144,7 +144,7 @@ def build_scheme(
         autocast = partial(torch.autocast, kind, dtype)
     wrapper = build_wrapper(model, cfg, 'in-backward' in scheme.options)
     learner = getattr(wrapper, 'learner', None)
-    cuts = tuple(module.cut for module in learner.modules[:-1]) if learner else ()
+    cuts = tuple(cut_names(learner))
     size = shape[0] // scheme.parts(shape[0])
     batches = [
         slice_batch(data, images, shape[0]) for images in slices_of(shape[0], size)
@@ -177,6 +177,11 @@ def build_wrapper(
     if 'memory_bank' in cfg.default_hooks:
         wrapper.learner.bank = HOOKS.build(cfg.default_hooks.memory_bank).bank
     return wrapper
+
+
+def cut_names(learner: LocalLearner | None) -> list[str]:
+    """The cuts of a learner in their order; none for end-to-end training."""
+    return [module.cut for module in learner.modules[:-1]] if learner else []
 
 
 def _fold(model: nn.Module, scheme: Scheme) -> None:

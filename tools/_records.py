@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import statistics
+import subprocess
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
 
@@ -53,6 +56,7 @@ def make_records(
         records.append(
             dict(
                 config=config,
+                options=list(options),
                 scheme=name,
                 size=list(size),
                 batch=batch,
@@ -66,6 +70,7 @@ def make_records(
                 images_per_second=batch / seconds,
                 position=position,
                 versions=versions(),
+                **provenance(device),
                 command=f'OMP_NUM_THREADS={threads} {shlex.join(command)}',
             )
         )
@@ -80,6 +85,42 @@ def versions() -> dict[str, str]:
         mmengine=mmengine.__version__,
         python=platform.python_version(),
     )
+
+
+def provenance(device: str = 'cpu') -> dict[str, str | None]:
+    """On what, of which commit and when something is measured.
+
+    Args:
+        device: Where it runs.
+
+    Returns:
+        ``hardware``; ``commit``, with ``-dirty`` if files differ from it, None outside
+        of a repository; ``date`` in UTC.
+    """
+    git = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        found = None
+    return dict(
+        hardware=_hardware(device),
+        commit=found and found.stdout.strip(),
+        date=datetime.now(timezone.utc).date().isoformat(),
+    )
+
+
+def _hardware(device: str) -> str:
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    return f'{cpu_name()}, {len(os.sched_getaffinity(0))} cores'
+
+
+def cpu_name() -> str:
+    """What the system calls its processor."""
+    path = Path('/proc/cpuinfo')
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(':')[2] for line in lines if line.startswith('model name')]
+    return names[0].strip() if names else platform.machine()
 
 
 def write_records(records: Iterable[dict], out: Path) -> None:

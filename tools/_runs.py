@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from _building import build_model, build_wrapper, quiet
-from _records import versions
+from _building import build_model, build_wrapper, cut_names, quiet
+from _records import provenance, versions
 from benchmark import load_config
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from man_mm.core.memory import measure_memory
@@ -224,7 +225,7 @@ def _result(run: Run, threads: int) -> dict:
         raise RunError(f'{run.name} logged no loss or no metric, see {run.work_dir}.')
     losses = [key for key in trained[-1] if key == 'loss' or key.endswith('/loss')]
     sparse = trained[:: -(-len(trained) // _POINTS)]
-    entry, cfg = run.entry, run.entry.cfg
+    entry, cfg, device = run.entry, run.entry.cfg, get_device()
     command = ['python', 'tools/compare.py']
     command += [f'{entry.name}={shlex.join([entry.config, *entry.options])}']
     command += ['--seeds', str(run.seed), '--out', str(run.out)]
@@ -238,7 +239,7 @@ def _result(run: Run, threads: int) -> dict:
         metrics=metrics[-1],
         length=run.length,
         step_seconds=statistics.median(row['time'] for row in trained),
-        peak_bytes=_peak(cfg),
+        **_measure_step(cfg),
         curves=dict(
             step=[row['step'] for row in sparse],
             **{key: [round(row[key], 6) for row in sparse] for key in losses},
@@ -246,17 +247,33 @@ def _result(run: Run, threads: int) -> dict:
         threads=threads,
         data=run.data,
         versions=versions(),
+        device=device,
+        **provenance(device),
         command=shlex.join(command),
     )
 
 
-def _peak(cfg: Config) -> int:
-    """Peak bytes of a training step on a batch of the data set, on the CPU."""
+def _measure_step(cfg: Config) -> dict:
+    """What a training step on a batch of the data set is like, on the CPU.
+
+    Its peak in bytes, its images, and the cuts of the model. The resolution is None if
+    images differ in it.
+    """
     loader = {**cfg.train_dataloader, 'num_workers': 0, 'persistent_workers': False}
     with _MEASURING, quiet():
         batch = next(iter(Runner.build_dataloader(loader, seed=0)))
         model = build_model(cfg.model)
         wrapper = build_wrapper(model, cfg)
         model.train_step(batch, wrapper)  # makes the optimizer's state
-        report = measure_memory(lambda: model.train_step(batch, wrapper))
-    return report.peak
+        learner = getattr(wrapper, 'learner', None)
+        report = measure_memory(
+            lambda: model.train_step(batch, wrapper), learner=learner
+        )
+    sizes = {tuple(image.shape[-2:]) for image in batch['inputs']}
+    return dict(
+        peak_bytes=report.peak,
+        kinds=report.kinds,
+        batch=len(batch['inputs']),
+        resolution=list(sizes.pop()) if len(sizes) == 1 else None,
+        cuts=cut_names(learner),
+    )

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _building import Built, build_scheme, quiet
+from _building import Built, build_scheme, cut_names, quiet
 from _pictures import draw_pictures
 from _records import (
     MIB,
@@ -106,7 +106,7 @@ def measure(
         console: Where progress is shown.
 
     Returns:
-        By scheme: ``peak``, ``kinds`` and ``modules`` in bytes, ``flops``,
+        By scheme: ``cuts``, ``peak``, ``kinds`` and ``modules`` in bytes, ``flops``,
         ``exactness`` and its ``reference``, and ``seconds``, a list.
 
     Raises:
@@ -211,6 +211,7 @@ def _measure_one(name: str, scheme: Built, references: References, device: str) 
     )
     cuda = ('allocated', 'reserved', 'requested')
     return dict(
+        cuts=cut_names(scheme.learner),
         peak=report.peak,
         kinds=report.kinds,
         modules=report.modules,

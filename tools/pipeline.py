@@ -35,7 +35,7 @@ from pathlib import Path
 import torch.multiprocessing as mp
 from _prediction import Link, group_modules, predict_step
 from _ranks import measure_rank
-from _records import MIB, versions
+from _records import MIB, cpu_name, versions
 from _schemes import SchemeError, parse_scheme, scheme_config
 from benchmark import load_config
 from rich.console import Console
@@ -98,7 +98,7 @@ def make_record(measured: dict, args: argparse.Namespace) -> dict:
             *(_prediction(faster, sent, n, given, 'given') for n in args.devices),
         ],
         given=dict(speed=args.speed, bandwidth=given.bandwidth, latency=given.latency),
-        hardware=dict(cpu=_cpu_name(), cpus=os.cpu_count(), load=os.getloadavg()[0]),
+        hardware=dict(cpu=cpu_name(), cpus=os.cpu_count(), load=os.getloadavg()[0]),
         versions=versions(),
         command=shlex.join(map(str, command)),
     )
@@ -124,37 +124,35 @@ def _prediction(
     )
 
 
-def _cpu_name() -> str:
-    path = Path('/proc/cpuinfo')
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(':')[2] for line in lines if line.startswith('model name')]
-    return names[0].strip() if names else 'unknown'
-
-
 def read_records(source: Path) -> list[dict]:
     """Reads all results of a folder."""
     return [json.loads(path.read_text()) for path in sorted(source.glob('*.json'))]
 
 
-def markdown_rows(records: Iterable[dict]) -> list[str]:
-    """Rows of what was measured, and of what is predicted only, for documents."""
-    rows = []
-    for row in records:
-        name = f'{Path(row["config"]).stem}, {row["batch"]} of {row["size"][0]}×'
-        name += f'{row["size"][1]}'
-        sent = sum(row['sent_bytes']) / MIB
-        rows.append(
-            f'| {name} | {row["processes"]} | {_range(row["speedups"]["cpu"])} '
-            f'| {row["predicted_speedup"]:.2f} | {_range(row["slowdowns"])} '
-            f'| {_range(row["speedups"]["wall"])} '
-            f'| {_range(row["threads_speedups"])} | {sent:.1f} MiB |'
-        )
-        for prediction in row['predictions']:
-            rows.append(
-                f'| {name} | {prediction["devices"]} | {prediction["parameters"]} '
-                f'| {prediction["speedup"]:.2f} |'
-            )
-    return rows
+def measured_rows(records: Iterable[dict]) -> list[str]:
+    """Rows of what was measured, for documents."""
+    return [
+        f'| {_images(row)} | {row["processes"]} | {_range(row["speedups"]["cpu"])} '
+        f'| {row["predicted_speedup"]:.2f} | {_range(row["slowdowns"])} '
+        f'| {_range(row["speedups"]["wall"])} | {_range(row["threads_speedups"])} '
+        f'| {sum(row["sent_bytes"]) / MIB:.1f} MiB |'
+        for row in records
+    ]
+
+
+def predicted_rows(records: Iterable[dict]) -> list[str]:
+    """Rows of what is predicted only, for documents."""
+    return [
+        f'| {_images(row)} | {prediction["devices"]} | {prediction["parameters"]} '
+        f'| {prediction["speedup"]:.2f} |'
+        for row in records
+        for prediction in row['predictions']
+    ]
+
+
+def _images(row: dict) -> str:
+    height, width = row['size']
+    return f'{Path(row["config"]).stem}, {row["batch"]} of {height}×{width}'
 
 
 def _range(spread: list[float]) -> str:

@@ -268,6 +268,9 @@ def test_benchmark_compares_the_schemes(tools, tmp_path, monkeypatch, capsys):
         assert sum(record['kinds'].values()) == record['peak'] > 0
         assert sum(record['modules'].values()) == record['peak']
         assert set(record['versions']) == {'man_mm', 'torch', 'mmengine', 'python'}
+        assert record['options'] == list(NARROW)
+        assert len(record['cuts']) == (3 if record['scheme'].startswith('local') else 0)
+        assert record['hardware'] and record['date']
         for key in ('flops', *RATIOS, 'images_per_second'):
             assert record[key] > 0
     peaks = {name: record['peak'] for name, record in records.items()}

@@ -112,6 +112,9 @@ def test_runs_are_done_once_and_shown_from_their_files(
     assert {'loss', 'module1/loss', 'module3/loss'} <= record['curves'].keys()
     assert record['peak_bytes'] > 0 < record['step_seconds']
     assert record['data'] and '--seeds 3' in record['command']
+    assert (record['batch'], record['resolution']) == (2, [24, 24])
+    assert len(record['cuts']) == 3 and record['hardware'] and record['date']
+    assert sum(record['kinds'].values()) == record['peak_bytes']
 
     # Nothing is trained again; files are enough for table, rows and picture.
     monkeypatch.setattr(compare, 'train', None)

@@ -29,6 +29,7 @@ def measure_memory(
     groups: Groups | None = None,
     learner: 'LocalLearner | None' = None,
     split: bool = True,
+    watch: Callable[[int], None] | None = None,
 ) -> 'MemoryReport':
     """Run ``fn`` once and report the bytes of the tensors that it creates.
 
@@ -54,6 +55,7 @@ def measure_memory(
         learner: Learner that ``fn`` trains, if any. Default: None.
         split: Whether to split the peak; it stays the same. False for what forbids
             hooks on saved tensors, such as ``torch.func.grad``. Default: True.
+        watch: Called with the bytes alive after each op, and at the end. Default: None.
 
     Returns:
         Bytes above the start of the call.
@@ -65,7 +67,7 @@ def measure_memory(
     if device.type == 'cuda' and device.index is None:
         device = torch.device('cuda', torch.cuda.current_device())
     labels = MemorySplit(groups, learner)
-    tracker = _StorageTracker(device, labels)
+    tracker = _StorageTracker(device, labels, watch)
     start = _cuda_bytes(device, 'current')
     collecting = gc.isenabled()
     gc.disable()
@@ -159,10 +161,16 @@ class _StorageTracker(TorchDispatchMode):
     Tensors share storages; polling gave the same bytes at a cost per live storage.
     """
 
-    def __init__(self, device: torch.device, split: MemorySplit) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        split: MemorySplit,
+        watch: Callable[[int], None] | None = None,
+    ) -> None:
         super().__init__()
         self.device = device
         self.split = split
+        self.watch = watch
         self.live: dict[int, _Entry] = {}
         self.total = self.peak = 0
 
@@ -189,6 +197,8 @@ class _StorageTracker(TorchDispatchMode):
         if self.total > self.peak:
             self.peak = self.total
             self.split.mark_peak()
+        if self.watch is not None:
+            self.watch(self.total)
 
     def _see(self, storage: torch.UntypedStorage, base: int) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -359,3 +359,17 @@ def test_cuda():
     assert report.allocated == report.requested == 8 << 20
     assert report.reserved >= 0
     assert measured(fn) == (KB, 0)
+
+
+def test_watch_is_told_of_every_op_and_of_the_end():
+    totals = []
+
+    def fn():
+        a = torch.empty(1000)
+        b = torch.empty(1000)
+        del a
+        return b + 1
+
+    report = measure_memory(fn, watch=totals.append)
+    assert totals == [KB, 2 * KB, 2 * KB, 0]
+    assert report == measure_memory(fn)  # control: watching changes nothing

@@ -142,6 +142,9 @@ def _draw_item(image, root_area, turn, size):
             field = field.resize((length, length), Image.BICUBIC)
             fields.append(np.asarray(field.rotate(turn, Image.BICUBIC), float) / 255)
         alpha = np.clip((fields[1] - 0.3) / 0.4, 0, 1)  # crisp after enlarging
+        if (alpha > 0.5).sum() < LEAST and side < size:  # thin, and blurred away
+            side *= 1.2
+            continue
         rows, cols = ((alpha > 0.5).any(axis).nonzero()[0] for axis in (1, 0))
         box = np.s_[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
         if max(alpha[box].shape) <= size:

@@ -185,6 +185,14 @@ def test_an_item_has_the_area_that_was_asked_for(sample, root, turn):
         assert 0.7 * root < np.sqrt(ink.sum()) < 1.4 * root
 
 
+def test_an_item_of_thin_lines_does_not_vanish():
+    image = np.zeros((28, 28), np.uint8)
+    image[14, 4:24] = 200
+    for root, size in ((3.2, 64), (8, 160)):
+        ink = tool._draw_item(image, root, 20, size)[1] > 0.5
+        assert tool.LEAST <= ink.sum() < 100
+
+
 def test_a_second_call_does_nothing_and_other_items_make_it_anew(
     items, tmp_path, capsys
 ):

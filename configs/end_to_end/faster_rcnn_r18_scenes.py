@@ -31,9 +31,11 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
 )
 
+max_iters = 600  # its steps take longer than RetinaNet's
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(by_epoch=False, interval=250, max_keep_ckpts=1),
+    checkpoint=dict(by_epoch=False, interval=300, max_keep_ckpts=1),
     resume=dict(type='ResumeHook'),
 )
 log_processor = dict(by_epoch=False, window_size=20)

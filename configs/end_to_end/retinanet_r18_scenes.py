@@ -34,7 +34,7 @@ model = dict(
 
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(by_epoch=False, interval=250, max_keep_ckpts=1),
+    checkpoint=dict(by_epoch=False, interval=300, max_keep_ckpts=1),
     resume=dict(type='ResumeHook'),
 )
 log_processor = dict(by_epoch=False, window_size=20)

@@ -11,7 +11,7 @@ optim_wrapper = dict(
 )
 # One cycle. OneCycleLR of mmengine gives all parameters the same rate, whatever
 # aux_lr_mult or paramwise_cfg say; these two keep the ratios.
-warmup_iters = 250
+warmup_iters = 200
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.04, by_epoch=False, end=warmup_iters),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=warmup_iters),  # to the end

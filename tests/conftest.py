@@ -77,8 +77,10 @@ def batch_of(size: int = 2, height: int = 64, width: int = 96, classes: int = 80
     return demo_mm_inputs(size, shape, num_items=boxes, num_classes=classes)
 
 
-def check_local_losses_fall(model, batch, steps):
-    wrapper = build_wrapper(model, optimizer=dict(type='AdamW', lr=1e-3))
+def check_local_losses_fall(model, batch, steps, **local_learning):
+    wrapper = build_wrapper(
+        model, optimizer=dict(type='AdamW', lr=1e-3), **local_learning
+    )
     first = None
     for _ in range(steps):
         model.train_step(batch, wrapper)

@@ -7,17 +7,15 @@ photograph. Run `python tools/make_digits.py --help` for the settings.
 
 import argparse
 import colorsys
-import json
 import sys
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from _manifest import begin_manifest, finish_manifest, read_manifest
-from PIL import Image, ImageDraw
-from rich.console import Console
+from _coco import check_least, draw_preview, print_counts, why_make, write_split
+from _manifest import begin_manifest, finish_manifest
+from PIL import Image
 from rich.progress import track
-from rich.table import Table
 from sklearn.datasets import load_digits
 
 RECIPE = 'man_mm digits 3'  # change it when the same settings give other pixels
@@ -123,10 +121,6 @@ def _make_scene(rng, photos, samples, pools, classes, size):
     return np.rint(canvas.clip(0, 255)).astype(np.uint8), name, notes
 
 
-def _annotations(out, split):
-    return Path(out) / 'annotations' / f'instances_{split}.json'
-
-
 def _write_split(out, split, count, size, seed):
     digits, photos = load_digits(), _load_photos(split)
     pools = _split_samples(digits.target)[split]
@@ -134,43 +128,21 @@ def _write_split(out, split, count, size, seed):
     # Shuffled runs of the ten digits keep even a tiny data set balanced.
     decks = np.tile(np.arange(10), (count, 1))
     classes = iter(np.random.default_rng(key).permuted(decks, axis=1).flat)
-    coco = {
+    header = {
         'info': {'description': f'{RECIPE}, {split}'},
         'licenses': LICENSES,
-        'images': [],
-        'annotations': [],
         'categories': [{'id': d + 1, 'name': str(d)} for d in range(10)],
     }
-    for folder in (out / split, out / 'annotations'):
-        folder.mkdir(exist_ok=True)
-    for old in (out / split).glob('[0-9]*.png'):
-        old.unlink()
-    for number in track(range(1, count + 1), f'{split} images'):
+
+    def make(number):
         rng = np.random.default_rng((*key, number))
-        scene = _make_scene(rng, photos, digits.images, pools, classes, size)
-        name = f'{number:06d}.png'  # lossless, so no encoder changes the pixels
-        Image.fromarray(scene[0]).save(out / split / name, compress_level=3)
-        image = {'id': number, 'file_name': name, 'height': size, 'width': size}
-        coco['images'].append({**image, 'photo': scene[1]})
-        for note in scene[2]:
-            ids = {'id': len(coco['annotations']) + 1, 'image_id': number}
-            coco['annotations'].append({**ids, **note})
-    _annotations(out, split).write_text(json.dumps(coco), 'utf-8')
+        pixels, name, notes = _make_scene(
+            rng, photos, digits.images, pools, classes, size
+        )
+        return pixels, {'photo': name}, notes
 
-
-def _why_make(out, settings):
-    """Return why `out` must be made, '' if it is up to date."""
-    done, reason = read_manifest(out, 'man_mm digits')
-    if reason:
-        return reason
-    for key, value in settings.items():
-        if done.get(key) != value:
-            return f'{key} was {done.get(key)}, now {value}'
-    for split in PHOTOS:
-        found = len(list((out / split).glob('[0-9]*.png')))
-        if found != settings[f'num_{split}'] or not _annotations(out, split).exists():
-            return f'files of {split} are missing'
-    return ''
+    numbers = track(range(1, count + 1), f'{split} images')
+    write_split(out, split, map(make, numbers), header)
 
 
 def make_digits(
@@ -200,13 +172,10 @@ def make_digits(
     out = Path(out)
     settings = {'recipe': RECIPE, 'num_train': num_train, 'num_val': num_val}
     settings.update(size=size, seed=seed)
-    for key, least in {'num_train': 1, 'num_val': 1, 'size': 64, 'seed': 0}.items():
-        if settings[key] < least:
-            option = '--' + key.replace('_', '-')
-            raise ValueError(f'{option} is {settings[key]}: use {least} or more')
+    check_least(settings, {'num_train': 1, 'num_val': 1, 'size': 64, 'seed': 0})
     try:
         out.mkdir(parents=True, exist_ok=True)
-        reason = _why_make(out, settings)
+        reason = why_make(out, 'man_mm digits', settings)
         if not reason:
             print(f'{out} is up to date: nothing to do')
             return out
@@ -220,41 +189,6 @@ def make_digits(
     _write_split(out, 'val', num_val, size, seed)
     finish_manifest(out)
     return out
-
-
-def _draw_preview(out, file):
-    """Draw the first 24 validation images, twice as large, with their boxes."""
-    coco = json.loads(_annotations(out, 'val').read_text('utf-8'))
-    cell = 2 * coco['images'][0]['width'] + 4
-    sheet = Image.new('RGB', (6 * cell, 4 * cell))
-    for i, image in enumerate(coco['images'][:24]):
-        tile = Image.open(Path(out) / 'val' / image['file_name']).resize([cell - 4] * 2)
-        pen = ImageDraw.Draw(tile)
-        for note in coco['annotations']:
-            if note['image_id'] == image['id']:
-                x, y, w, h = (2 * value for value in note['bbox'])
-                pen.rectangle((x - 1, y - 1, x + w, y + h), outline='white')
-                pen.text((x, max(y - 13, 0)), str(note['category_id'] - 1), 'white')
-        sheet.paste(tile, (i % 6 * cell, i // 6 * cell))
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
-
-
-def _print_counts(out):
-    names = ['images', 'objects', *(f'digit {digit}' for digit in range(10))]
-    names += ['small (< 32² px)', 'medium', 'large (>= 96² px)']
-    columns = []
-    for split in PHOTOS:
-        coco = json.loads(_annotations(out, split).read_text('utf-8'))
-        notes = coco['annotations']
-        kinds = np.bincount([note['category_id'] - 1 for note in notes], minlength=10)
-        sizes = np.digitize([note['area'] for note in notes], (32**2, 96**2))
-        sizes = np.bincount(sizes, minlength=3)
-        columns.append((len(coco['images']), len(notes), *kinds, *sizes))
-    table = Table('', *PHOTOS)
-    for i, name in enumerate(names):
-        table.add_row(name, *(str(column[i]) for column in columns))
-    Console().print(table)
 
 
 def main(args=None):
@@ -275,10 +209,10 @@ def main(args=None):
     try:
         out = make_digits(**options)
         if preview:
-            _draw_preview(out, preview)
+            draw_preview(out, preview)
     except (ValueError, OSError) as error:
         sys.exit(f'make_digits: {error}')
-    _print_counts(out)
+    print_counts(out)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 from .auglocal import AugLocalHead
 from .base import AuxHead, AuxSite, find_sites
 from .dgl import DGLHead
+from .dgl_det import DGLDetHead
 from .infopro import InfoProHead
 from .man import MANHead
 from .man_cls import MANClsHead
@@ -15,6 +16,7 @@ __all__ = [
     'AugLocalHead',
     'AuxHead',
     'AuxSite',
+    'DGLDetHead',
     'DGLHead',
     'InfoProHead',
     'MANClsHead',

@@ -37,6 +37,12 @@ class MANDetHead(AuxHead):
         channels: Width of a light head. Default: 64.
         num_convs: 3×3 convolutions of a light head before classes, and again before
             boxes, beside the one that both share. Default: 0.
+        num_blocks: 3×3 convolutions of a light SLM for each level coarser than the
+            module's output; with 0 there is no SLM, and max pooling makes these
+            levels. Default: 1.
+        levels: Which levels a light head predicts on: ``'all'`` of the model from
+            stride 8 on, as far as there are maps for them, or the one of the module's
+            ``'own'`` stride, for which the bank is not read. Default: ``'all'``.
         use_bank: Whether to read maps of earlier modules. Default: True.
 
     Raises:
@@ -49,24 +55,40 @@ class MANDetHead(AuxHead):
         mode: str = 'light',
         channels: int = 64,
         num_convs: int = 0,
+        num_blocks: int = 1,
+        levels: str = 'all',
         use_bank: bool = True,
     ) -> None:
         super().__init__()
-        if mode not in ('light', 'faithful'):
+        for key, value, known in (
+            ('mode', mode, ('light', 'faithful')),
+            ('levels', levels, ('all', 'own')),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f'aux_head.{key} must be one of {known}, got {value!r}.'
+                )
+        if channels < 1 or num_convs < 0 or num_blocks < 0:
             raise ValueError(
-                f"aux_head.mode must be 'light' or 'faithful', got {mode!r}."
+                'aux_head.channels must be at least 1, aux_head.num_convs and '
+                f'aux_head.num_blocks at least 0, got {channels}, {num_convs} and '
+                f'{num_blocks}.'
             )
-        if channels < 1 or num_convs < 0:
+        if mode == 'faithful' and (num_blocks, levels) != (1, 'all'):
             raise ValueError(
-                'aux_head.channels must be at least 1 and aux_head.num_convs at least '
-                f'0, got {channels} and {num_convs}.'
+                "aux_head.mode='faithful' copies a neck and heads that need every "
+                "level: set aux_head.num_blocks=1 and aux_head.levels='all', or "
+                "aux_head.mode='light'."
             )
+        use_bank = use_bank and levels == 'all'
         self.needs_bank = use_bank and bool(site.earlier)
         if mode == 'faithful':
             self.detector = FaithfulDetector(site, use_bank)
             names = {name for _, name in self.detector.inputs}
         else:
-            self.detector = LightDetector(site, channels, num_convs, use_bank)
+            self.detector = LightDetector(
+                site, channels, num_convs, num_blocks, levels, use_bank
+            )
             names = {tap.name for tap in self.detector.pyramid.sources.values()}
         self.reads = frozenset(tap.name for tap in site.earlier) & names
 
@@ -81,13 +103,21 @@ class LightDetector(nn.Module):
     """`LocalPyramid` and an ATSS head of mmdet; arguments as in `MANDetHead`."""
 
     def __init__(
-        self, site: AuxSite, channels: int, num_convs: int, use_bank: bool
+        self,
+        site: AuxSite,
+        channels: int,
+        num_convs: int,
+        num_blocks: int,
+        levels: str,
+        use_bank: bool,
     ) -> None:
         super().__init__()
         dense = dense_head(site.model)
-        strides = model_strides(dense)
+        strides = _levels(model_strides(dense))
+        if levels == 'own':
+            strides = [max(site.own[-1].stride, strides[0])]
         maps = (*site.earlier, *site.own) if use_bank else site.own
-        self.pyramid = LocalPyramid(maps, _levels(strides), channels)
+        self.pyramid = LocalPyramid(maps, strides, channels, num_blocks)
         self.head = root.MODELS.build(
             dict(
                 type='mmdet.ATSSHead',

@@ -49,19 +49,27 @@ class LocalPyramid(nn.Module):
     """Feature maps of one width at every level, seen from one module.
 
     Finer levels come from maps of earlier stages (1×1 lateral convolutions), the
-    module's own level from its output, coarser levels from an SLM of one strided
-    convolution a level; a top-down path and one 3×3 convolution, shared by all
-    levels, join them. After the local FPN of arXiv 2406.00446, section 3.3.
+    module's own level from its output, coarser levels from an SLM, whose first
+    convolution for each level is strided; a top-down path and one 3×3 convolution,
+    shared by all levels, join them. After the local FPN of arXiv 2406.00446,
+    section 3.3.
 
     Args:
         maps: Maps that are readable, the module's output last. Of several maps
             with one stride the last is taken.
         levels: Strides of the levels to return, in pixels, powers of two.
-        channels: Width of every level.
+        channels: Width of every level. Default: 64.
+        num_blocks: 3×3 convolutions of the SLM for each coarser level; with 0 there
+            is no SLM, and max pooling makes these levels, as mmdet's FPN does.
+            Default: 1.
     """
 
     def __init__(
-        self, maps: Sequence[Tap], levels: Sequence[int], channels: int = 64
+        self,
+        maps: Sequence[Tap],
+        levels: Sequence[int],
+        channels: int = 64,
+        num_blocks: int = 1,
     ) -> None:
         super().__init__()
         own = maps[-1]
@@ -76,9 +84,7 @@ class LocalPyramid(nn.Module):
             {str(s): Lateral(tap.channels, channels) for s, tap in self.sources.items()}
         )
         steps = round(math.log2(max(max(levels) / own.stride, 1)))
-        self.slm = nn.ModuleList(
-            conv_block(channels, channels, 3, stride=2) for _ in range(steps)
-        )
+        self.slm = nn.ModuleList(_halve(channels, num_blocks) for _ in range(steps))
         self.out = conv_block(channels, channels, 3)
 
     def forward(
@@ -108,3 +114,12 @@ class LocalPyramid(nn.Module):
             up = F.interpolate(pyramid[coarse], size=pyramid[fine].shape[-2:])
             pyramid[fine] = pyramid[fine] + up
         return [self.out(pyramid[level]) for level in self.levels]
+
+
+def _halve(channels: int, num_blocks: int) -> nn.Module:
+    """From ``(N, C, H, W)`` to ``(N, C, H / 2, W / 2)``, rounded up."""
+    if not num_blocks:
+        return nn.MaxPool2d(2, ceil_mode=True)
+    strides = [2] + [1] * (num_blocks - 1)
+    blocks = [conv_block(channels, channels, 3, stride) for stride in strides]
+    return nn.Sequential(*(layer for block in blocks for layer in block))

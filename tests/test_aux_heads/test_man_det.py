@@ -110,6 +110,84 @@ def test_without_the_bank_finer_levels_are_left_out():
     assert shapes == [(2, 8, 9, 7), (2, 8, 5, 4), (2, 8, 3, 2)]
 
 
+def heads_with(**options):
+    model = build_detector(detector_config('retinanet', 18))
+    return model, build_wrapper(model, aux_head=dict(**options)).learner.heads
+
+
+@pytest.mark.parametrize(
+    'options, counts',
+    [
+        ({}, [(5, 5), (4, 5), (3, 5)]),  # control
+        (dict(num_blocks=2), [(10, 5), (8, 5), (6, 5)]),
+        (dict(num_blocks=0), [(0, 5), (0, 5), (0, 5)]),
+        (dict(levels='own'), [(1, 1), (0, 1), (0, 1)]),
+        (dict(use_bank=False), [(5, 5), (4, 5), (3, 4)]),
+    ],
+)
+def test_convolutions_of_the_slm_and_levels(options, counts):
+    model, heads = heads_with(**options)
+    pyramids = [head.detector.pyramid for head in heads]
+    convs = [
+        sum(isinstance(x, torch.nn.Conv2d) for x in p.slm.modules()) for p in pyramids
+    ]
+    assert list(zip(convs, (len(p.levels) for p in pyramids), strict=True)) == counts
+    assert [p.levels[0] for p in pyramids] == [
+        8,
+        8,
+        16 if options in (dict(levels='own'), dict(use_bank=False)) else 8,
+    ]
+
+
+@pytest.mark.parametrize(
+    'options', [dict(num_blocks=0), dict(num_blocks=2), dict(levels='own')]
+)
+def test_heads_of_all_options_learn(kind, options):
+    model = build_detector(detector_config(kind, 18))
+    wrapper = build_wrapper(model, aux_head=options, update='iteration')
+    got = []
+    wrapper._step = lambda modules: got.extend(
+        (name, p.grad is not None)
+        for name, p in wrapper.learner.heads.named_parameters()
+    )
+    assert torch.isfinite(model.train_step(batch_of(), wrapper)['loss'])
+    assert got and all(has for _, has in got)
+
+
+def test_the_own_level_reads_no_bank():
+    for options, expected in (({}, True), (dict(levels='own'), False)):
+        _, heads = heads_with(**options)
+        assert any(head.needs_bank for head in heads) is expected
+        assert any(head.reads for head in heads) is expected
+
+
+def test_without_an_slm_coarser_levels_are_pooled():
+    taps = [Tap('a', 0, 8, 8)]
+    pooled = LocalPyramid(taps, [8, 16, 32], channels=8, num_blocks=0)
+    learned = LocalPyramid(taps, [8, 16, 32], channels=8)
+    maps = {'a': torch.randn(2, 8, 9, 7)}
+    shapes = [tuple(x.shape) for x in learned(maps)]
+    assert [tuple(x.shape) for x in pooled(maps)] == shapes
+    assert shapes[-1] == (2, 8, 3, 2)
+    assert not list(pooled.slm.parameters()) and list(learned.slm.parameters())
+
+
+@pytest.mark.parametrize(
+    'options, words',
+    [
+        (dict(mode='full'), "aux_head.mode must be one of .*got 'full'"),
+        (dict(levels='one'), "aux_head.levels must be one of .*got 'one'"),
+        (dict(channels=0), 'aux_head.channels must be at least 1'),
+        (dict(num_blocks=-1), 'aux_head.num_blocks at least 0'),
+        (dict(mode='faithful', num_blocks=0), 'set aux_head.num_blocks=1'),
+        (dict(mode='faithful', levels='own'), "aux_head.levels='all'"),
+    ],
+)
+def test_options_out_of_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        heads_with(**options)
+
+
 def test_folded_statistics_equal_standardising_the_map():
     torch.manual_seed(0)
     lateral = Lateral(6, 4).double()

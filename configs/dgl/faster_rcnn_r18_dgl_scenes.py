@@ -1,0 +1,9 @@
+_base_ = '../end_to_end/faster_rcnn_r18_scenes.py'
+custom_imports = dict(imports=['man_mm'], allow_failed_imports=False)
+optim_wrapper = dict(
+    type='LocalLearningOptimWrapper',
+    constructor='LocalLearningOptimWrapperConstructor',
+    local_learning=dict(
+        partition=dict(type='StagePartition'), aux_head=dict(type='DGLDetHead')
+    ),
+)

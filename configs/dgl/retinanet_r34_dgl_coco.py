@@ -1,0 +1,15 @@
+_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
+model = dict(
+    backbone=dict(
+        depth=34,
+        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet34'),
+    )
+)
+custom_imports = dict(imports=['man_mm'], allow_failed_imports=False)
+optim_wrapper = dict(
+    type='LocalLearningOptimWrapper',
+    constructor='LocalLearningOptimWrapperConstructor',
+    local_learning=dict(
+        partition=dict(type='StagePartition'), aux_head=dict(type='DGLDetHead')
+    ),
+)

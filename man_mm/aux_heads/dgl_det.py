@@ -1,0 +1,67 @@
+"""The auxiliary head of Decoupled Greedy Learning (DGL) for detectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mmengine import registry as root
+from torch import Tensor, nn
+
+from man_mm.core import MemoryBank
+
+from .base import AuxHead, AuxSite
+from .blocks import conv_block
+from .man_det import LightDetector
+
+_LAYERS = 3
+
+
+@root.MODELS.register_module()
+class DGLDetHead(AuxHead):
+    """Detects objects from one module's output alone.
+
+    arXiv 2406.00446 compares MAN on COCO with DGL (arXiv 1901.08164) to which a feature
+    pyramid was added, and describes it no further. Here: the three 1×1 convolutions of
+    DGL's head, each with norm and ReLU, on the module's output; a pyramid whose coarser
+    levels are max-pooled, as mmdet's FPN makes its extra ones; the dense head that
+    `MANDetHead` has. So MAN differs in what it adds: maps of earlier modules, and an
+    SLM. Objects too small for the module's own stride are assigned to it.
+
+    Args:
+        site: Where the head sits.
+        channels: Width. Default: 64.
+        num_convs: 3×3 convolutions of the dense head before classes, and again before
+            boxes, beside the one that both share. Default: 0.
+
+    Raises:
+        ValueError: If an option is out of range, or the model is no detector with a
+            dense head.
+    """
+
+    reads = frozenset()
+
+    def __init__(self, site: AuxSite, channels: int = 64, num_convs: int = 0) -> None:
+        super().__init__()
+        if channels < 1 or num_convs < 0:
+            raise ValueError(
+                'aux_head.channels must be at least 1 and aux_head.num_convs at least '
+                f'0, got {channels} and {num_convs}.'
+            )
+        own = site.own[-1]
+        self.own = own.name
+        widths = [own.channels] + [channels] * _LAYERS
+        self.convs = nn.Sequential(
+            *(conv_block(*pair, 1) for pair in zip(widths, widths[1:], strict=False))
+        )
+        site = replace(site, own=(replace(own, channels=channels),))
+        self.detector = LightDetector(
+            site, channels, num_convs, num_blocks=0, levels='all', use_bank=False
+        )
+
+    def forward(
+        self, maps: Mapping[str, Tensor], targets: Any, bank: MemoryBank | None
+    ) -> dict[str, Any]:
+        """Local detection losses; see `AuxHead.forward`."""
+        return self.detector({self.own: self.convs(maps[self.own])}, targets, bank)

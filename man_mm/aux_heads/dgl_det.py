@@ -13,7 +13,7 @@ from man_mm.core import MemoryBank
 
 from .base import AuxHead, AuxSite
 from .blocks import conv_block
-from .man_det import LightDetector
+from .man_det import LightDetector, dense_head, find_levels, model_strides
 
 _LAYERS = 3
 
@@ -23,11 +23,12 @@ class DGLDetHead(AuxHead):
     """Detects objects from one module's output alone.
 
     arXiv 2406.00446 compares MAN on COCO with DGL (arXiv 1901.08164) to which a feature
-    pyramid was added, and describes it no further. Here: the three 1×1 convolutions of
-    DGL's head, each with norm and ReLU, on the module's output; a pyramid whose coarser
-    levels are max-pooled, as mmdet's FPN makes its extra ones; the dense head that
-    `MANDetHead` has. So MAN differs in what it adds: maps of earlier modules, and an
-    SLM. Objects too small for the module's own stride are assigned to it.
+    pyramid was added, and describes it no further. Here: average pooling to the finest
+    level of the head, where the module's output is finer; the three 1×1 convolutions of
+    DGL's head, each with norm and ReLU; a pyramid whose coarser levels are max-pooled,
+    as mmdet's FPN makes its extra ones; the dense head that `MANDetHead` has. So MAN
+    differs in what it adds: maps of earlier modules, and an SLM. Objects too small for
+    the module's own stride are assigned to it.
 
     Args:
         site: Where the head sits.
@@ -51,11 +52,15 @@ class DGLDetHead(AuxHead):
             )
         own = site.own[-1]
         self.own = own.name
+        finest = find_levels(model_strides(dense_head(site.model)))[0]
+        stride = max(own.stride, finest)
+        # On the first stage's map, these convolutions would set the peak of memory.
+        self.pool = nn.AvgPool2d(stride // own.stride, ceil_mode=True)
         widths = [own.channels] + [channels] * _LAYERS
         self.convs = nn.Sequential(
             *(conv_block(*pair, 1) for pair in zip(widths, widths[1:], strict=False))
         )
-        site = replace(site, own=(replace(own, channels=channels),))
+        site = replace(site, own=(replace(own, channels=channels, stride=stride),))
         self.detector = LightDetector(
             site, channels, num_convs, num_blocks=0, levels='all', use_bank=False
         )
@@ -64,4 +69,5 @@ class DGLDetHead(AuxHead):
         self, maps: Mapping[str, Tensor], targets: Any, bank: MemoryBank | None
     ) -> dict[str, Any]:
         """Local detection losses; see `AuxHead.forward`."""
-        return self.detector({self.own: self.convs(maps[self.own])}, targets, bank)
+        map_ = self.convs(self.pool(maps[self.own]))
+        return self.detector({self.own: map_}, targets, bank)

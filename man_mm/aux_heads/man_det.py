@@ -113,7 +113,7 @@ class LightDetector(nn.Module):
     ) -> None:
         super().__init__()
         dense = dense_head(site.model)
-        strides = _levels(model_strides(dense))
+        strides = find_levels(model_strides(dense))
         if levels == 'own':
             strides = [max(site.own[-1].stride, strides[0])]
         maps = (*site.earlier, *site.own) if use_bank else site.own
@@ -221,7 +221,7 @@ def anchor_scale(dense: nn.Module) -> float:
     return float(scales.log().mean().exp())
 
 
-def _levels(strides: list[int]) -> list[int]:
+def find_levels(strides: list[int]) -> list[int]:
     """Powers of two that span the model's strides, from stride 8 on.
 
     Stride 4 would cost more than all other levels together.

@@ -80,6 +80,7 @@ def test_layers_and_levels():
             (16, (1, 1)),
         ]
         assert head.detector.pyramid.levels == levels
+        assert head.pool.kernel_size == (2 if own == 16 else 1)  # to stride 8
         assert not list(head.detector.pyramid.slm.parameters())
 
 

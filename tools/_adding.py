@@ -71,13 +71,13 @@ def make_entries(
         ]
         if refused:
             raise EntryError(f'{sources[0]} says itself what {refused[0]} is.')
-        # A result that was left out stays so; a new entry has times if asked.
-        if before.get('step_seconds', with_times or None) is None:
+        # Times that were not used stay unused.
+        if not with_times or before.get('step_seconds', True) is None:
             derived['step_seconds'] = None
         entry = dict.fromkeys(FIELDS) | _words(records[sources[0]])
         entry |= _commit(sources[0], root) if derived['commit'] is None else {}
         for fields in (before, words or {}, derived):
-            entry |= {k: v for k, v in fields.items() if v is not None}
+            entry = _merge(entry, fields)
         entry |= {key: derived[key] for key in ('step_seconds', 'metrics')}
         entry |= dict(
             id=name,
@@ -87,6 +87,17 @@ def make_entries(
         )
         made[root / RESULTS / entry['task'] / f'{name}.json'] = entry
     return made
+
+
+def _merge(old: dict, new: dict) -> dict:
+    """Old fields and new ones, of which None says nothing; in objects, too."""
+    merged = dict(old)
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(old.get(key), dict):
+            merged[key] = _merge(old[key], value)
+        elif value is not None:
+            merged[key] = value
+    return merged
 
 
 def write_entry(path: Path, entry: dict) -> None:

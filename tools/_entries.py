@@ -37,6 +37,11 @@ METRICS = {
     'accuracy/top1': 'top-1',
 }
 LOWER_IS_BETTER = ('top-1 error',)
+_COSTS = {
+    'memory': lambda entry: (entry.get('memory') or {}).get('peak'),
+    'time': lambda entry: (entry.get('step_seconds') or {}).get('median'),
+    'flops': lambda entry: entry.get('flops'),
+}
 _SCHEME_OF_DEMO = {'local': 'local learning'}
 
 
@@ -265,19 +270,18 @@ def compare_with_baseline(entry: dict, baseline: dict | None) -> dict:
     if baseline is None:
         if entry['method'] != 'end-to-end':
             return found | dict(gains=gains)
-        gains = dict.fromkeys(entry['metrics'], 0.0)
-        return dict(memory=1.0, time=1.0, flops=1.0, gains=gains)
-    for key, number in (
-        ('memory', lambda x: (x.get('memory') or {}).get('peak')),
-        ('time', lambda x: (x.get('step_seconds') or {}).get('median')),
-        ('flops', lambda x: x.get('flops')),
-    ):
+        known = [key for key, number in _COSTS.items() if number(entry)]
+        known = known if entry['kind'] == 'measured' else ['memory', 'time']
+        return dict.fromkeys(known, 1.0) | dict(
+            gains=dict.fromkeys(entry['metrics'], 0.0)
+        )
+    for key, number in _COSTS.items():
         if number(entry) and number(baseline):
             found[key] = number(entry) / number(baseline)
-    for key in entry['metrics'].keys() & baseline['metrics'].keys():
+    for key in filter(baseline['metrics'].get, entry['metrics']):
         difference = entry['metrics'][key]['mean'] - baseline['metrics'][key]['mean']
         gains[key] = -difference if key in LOWER_IS_BETTER else difference
-    return found | dict(gains={key: gains[key] for key in sorted(gains)})
+    return found | dict(gains=gains)
 
 
 def of_method(entries: Iterable[dict], folder: str) -> list[dict]:

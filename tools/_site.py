@@ -101,7 +101,8 @@ def _row(entry: dict, by_id: dict[str, dict], colours: dict[str, int]) -> dict:
     found = compare_with_baseline(entry, by_id.get(entry.get('baseline')))
     memory, seconds = entry.get('memory'), entry.get('step_seconds')
     size = entry.get('resolution')
-    images = [f'{entry["batch"]} images'] if entry.get('batch') else []
+    batch = entry.get('batch')
+    images = [f'{batch} image{"s" if batch > 1 else ""}'] if batch else []
     images += [f'{size[0]}×{size[1]}'] if size else []
     return dict(
         id=entry['id'],

@@ -19,7 +19,9 @@ MIB = 2**20
 DOCUMENTS = ('README.md', 'docs/*.md', 'configs/*/README.md')
 METAFILES = 'configs/*/metafile.yml'
 _BEGIN, _END = '<!-- results: {} -->', '<!-- end of results -->'
-_BLOCK = re.compile(r'<!-- results: (.+?) -->\n(.*?)<!-- end of results -->', re.DOTALL)
+_BLOCK = re.compile(
+    r'^<!-- results: (.+?) -->\n.*?^<!-- end of results -->$', re.DOTALL | re.MULTILINE
+)
 _META_BEGIN, _META_END = '    # from the leaderboard', '    # end of results'
 _DIGITS = {'PSNR': 3, 'SSIM': 4, 'mAP': 3, 'AP50': 3, 'top-1': 2, 'top-1 error': 2}
 
@@ -69,9 +71,8 @@ def unmarked_numbers(text: str) -> list[str]:
 
 def unclosed_markers(text: str) -> list[str]:
     """Lines with a marker that has no partner."""
-    return re.findall(
-        r'^.*<!-- (?:results:|end of results).*$', _BLOCK.sub('', text), re.M
-    )
+    text = _BLOCK.sub('', text)
+    return re.findall(r'^<!-- (?:results:|end of results).*$', text, re.MULTILINE)
 
 
 def _block(name: str, root: Path, entries: Sequence[dict]) -> str:

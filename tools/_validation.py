@@ -11,9 +11,10 @@ from _entries import RESULTS, EntryError, derive, read_raw
 from jsonschema import Draft202012Validator
 
 SCHEMA = Path('benchmarks/entry.schema.json')
-# What an entry and its baseline must have in common.
+# What an entry and its baseline must have in common; the last ones decide times only.
 SETTINGS = ('kind', 'task', 'model', 'dataset', 'batch', 'resolution', 'precision')
-SETTINGS += ('device', 'threads', 'hardware', 'length')
+SETTINGS += ('device', 'length')
+SETTINGS_OF_TIMES = ('threads', 'hardware')
 
 
 def find_errors(entries: dict[Path, dict], root: Path) -> list[str]:
@@ -103,7 +104,8 @@ def _baseline_errors(entry: dict, by_id: dict[str, dict]) -> Iterator[str]:
         return
     if baseline.get('baseline') is not None or baseline.get('method') != 'end-to-end':
         yield f'baseline: {name!r} is not end-to-end training'
-    for key in SETTINGS:
+    of_times = SETTINGS_OF_TIMES if entry.get('step_seconds') else ()
+    for key in (*SETTINGS, *of_times):
         if entry.get(key) != baseline.get(key):
             yield (
                 f'baseline: {name!r} has other settings, {key} '

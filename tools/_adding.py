@@ -14,6 +14,7 @@ from _entries import (
     RESULTS,
     TASKS,
     EntryError,
+    count_heads,
     derive,
     overrides,
     raw_kind,
@@ -162,24 +163,23 @@ def _baseline(name: str, path: Path, record: dict, root: Path) -> str | None:
         p: r for p in path.parent.glob('*.json') if raw_kind(r := read_raw(p)) == kind
     }
     if kind == 'run':
-        first = min(beside, key=lambda p: beside[p]['position'])
+        plain = 'end-to-end'
+        found = [p for p, run in beside.items() if not count_heads(run)]
+        found.sort(key=lambda p: (beside[p]['position'], p))
     else:
         precisions = [x for x in ('bf16', 'fp16') if x in record['scheme'].split('+')]
         plain = '+'.join(['end-to-end', *precisions])
         keys = ('config', 'size', 'batch', 'device')
-        first = next(
-            (
-                p
-                for p, r in beside.items()
-                if r['scheme'] == plain and all(r[k] == record[k] for k in keys)
-            ),
-            None,
+        found = [
+            p
+            for p, step in beside.items()
+            if step['scheme'] == plain and all(step[k] == record[k] for k in keys)
+        ]
+    if not found:
+        raise EntryError(
+            f'{path}: {plain!r} was not measured beside it: there is no baseline.'
         )
-        if first is None:
-            raise EntryError(
-                f'{path}: {plain!r} was not measured beside it: there is no baseline.'
-            )
-    base = entry_name(first, root)
+    base = entry_name(found[0], root)
     return None if base == name else base
 
 
@@ -192,11 +192,13 @@ def _words(record: dict) -> dict:
         str(wrapper.get('dtype', 'float16')) if 'Amp' in wrapper.get('type', '') else ''
     )
     data = Path(cfg.train_dataloader.dataset.get('data_root') or '').name
+    # A number behind the name is that of pixels, which the resolution says.
+    data = _DATA.get(data.rstrip('0123456789'), data)
     task, model = describe_model(cfg)
     return dict(
         task=task,
         model=model,
-        dataset=_DATA.get(data, data) if is_run else 'synthetic',
+        dataset=data if is_run else 'synthetic',
         method=_method(record, cfg),
         batch=cfg.train_dataloader.batch_size,
         precision={'': 'fp32', 'bfloat16': 'bf16'}.get(amp, 'fp16'),
@@ -232,14 +234,18 @@ def describe_model(cfg: Config) -> tuple[str, str]:
 
 
 def _method(record: dict, cfg: Config) -> str:
-    """The method: of runs as they were called, else by scheme and auxiliary heads."""
+    """The method: of runs their name without K, else by scheme and auxiliary heads."""
+    head = cfg.optim_wrapper.get('local_learning', {}).get('aux_head', {})
+    method = head.get('type', 'MANHead').rpartition('.')[2].removesuffix('Head')
     if raw_kind(record) == 'run':
-        return record['name']
+        if not count_heads(record):
+            return 'end-to-end'
+        name = re.sub(r',?\s*\bK\s*=?\s*\d+', '', record['name']).strip(', ')
+        return method if name.lower() == method.lower() else name
     base, *options = record['scheme'].split('+')
     if base == 'end-to-end':
         return 'checkpointing' if 'checkpointing' in options else 'end-to-end'
-    head = cfg.optim_wrapper.get('local_learning', {}).get('aux_head', {})
-    return head.get('type', 'MANHead').rpartition('.')[2].removesuffix('Head')
+    return method
 
 
 def _optimizer(cfg: Config) -> str:

@@ -203,7 +203,7 @@ def _from_runs(records: Sequence[dict]) -> dict:
     }
     if len(settings) > 1 or len(set(seeds)) < len(seeds):
         raise EntryError('the runs differ in more than the seed, or have the same')
-    local = [key for key in first['curves'] if re.fullmatch(r'module\d+/loss', key)]
+    heads = count_heads(first)
     metrics = {
         METRICS[key]: _metric({r['seed']: r['metrics'][key] for r in records})
         for key in first['metrics']
@@ -217,7 +217,7 @@ def _from_runs(records: Sequence[dict]) -> dict:
     return dict(
         config=first['config'],
         options=first['options'],
-        modules=dict(K=len(local) + 1, cuts=first.get('cuts', None if local else [])),
+        modules=dict(K=heads + 1, cuts=first.get('cuts', None if heads else [])),
         batch=first.get('batch'),
         resolution=first.get('resolution'),
         device=first.get('device'),
@@ -235,6 +235,11 @@ def _from_runs(records: Sequence[dict]) -> dict:
         **_provenance(first),
         command=_command_of_runs(first['command'], seeds),
     )
+
+
+def count_heads(run: dict) -> int:
+    """How many auxiliary heads a run of tools/compare.py trained."""
+    return sum(bool(re.fullmatch(r'module\d+/loss', key)) for key in run['curves'])
 
 
 def _command_of_runs(command: str, seeds: Sequence[int]) -> str:

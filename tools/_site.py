@@ -108,7 +108,7 @@ def _row(entry: dict, by_id: dict[str, dict], colours: dict[str, int]) -> dict:
         id=entry['id'],
         **{key: entry[key] for key in ('task', 'model', 'dataset', 'method', 'kind')},
         colour=colours[entry['method']] % 10,
-        options=[x for x in entry.get('options', ()) if x != entry['method']],
+        options=_own_options(entry, by_id.get(entry.get('baseline'))),
         K=(entry.get('modules') or {}).get('K'),
         images=' of '.join(images),
         device=entry.get('device') or 'not stated',
@@ -129,6 +129,14 @@ def _row(entry: dict, by_id: dict[str, dict], colours: dict[str, int]) -> dict:
             for key, gain in found['gains'].items()
         },
     )
+
+
+def _own_options(entry: dict, baseline: dict | None) -> list[str]:
+    """Options that the baseline does not have, and that the method does not say."""
+    if baseline is None:
+        return []
+    shared = {*baseline.get('options', ()), entry['method']}
+    return [option for option in entry.get('options', ()) if option not in shared]
 
 
 def format_bytes(size: int) -> str:

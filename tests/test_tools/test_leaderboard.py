@@ -15,6 +15,7 @@ import leaderboard
 from _adding import make_entries
 from _charts import nice_ticks
 from _entries import EntryError, compare_with_baseline, derive, read_entries
+from _runs import slug
 from _site import make_rows
 from _tables import entry_table, update_metafile
 from _validation import find_errors
@@ -148,14 +149,12 @@ def test_new_results_become_entries(root, capsys):
     folder.mkdir()
     for name, config, position, accuracy, heads in (
         ('end-to-end', 'end_to_end/resnet32_fashion', 0, 88.0, 0),
-        ('DGL', 'dgl/resnet32_k4_dgl_fashion', 1, 87.0, 3),
+        ('dgl K 4', 'dgl/resnet32_k4_dgl_fashion', 1, 87.0, 3),
     ):
         for seed in (0, 1):
             record = load(RESULTS / f'training/{RUNS}/man_seed0.json')
             losses = [f'module{i + 1}/loss' for i in range(heads)]
-            command = (
-                f'python tools/compare.py {name}=configs/{config}.py --seeds {seed}'
-            )
+            command = f'python tools/compare.py "{name}=x.py" --seeds {seed}'
             record |= dict(
                 name=name,
                 config=f'configs/{config}.py',
@@ -169,11 +168,11 @@ def test_new_results_become_entries(root, capsys):
                 commit='0123abc-dirty',
                 date='2026-11-01',
             )
-            path = folder / f'{name.lower()}_seed{seed}.json'
+            path = folder / f'{slug(name)}_seed{seed}.json'
             path.write_text(json.dumps(record))
     leaderboard.main(['add', str(folder), '--set', 'notes=a note'])
     assert '2 entries' in capsys.readouterr().out
-    entry = load(RESULTS / 'classification/fashion_k4-dgl.json')
+    entry = load(RESULTS / 'classification/fashion_k4-dgl-k-4.json')
     assert entry['metrics'] == {'top-1': dict(mean=87.5, std=0.5**0.5, seeds=[0, 1])}
     assert (entry['model'], entry['dataset']) == ('ResNet-32', 'Fashion-MNIST')
     assert (entry['method'], entry['modules']['K']) == ('DGL', 4)
@@ -297,6 +296,12 @@ def test_ratios_are_to_the_baseline(root):
     assert (found['memory'], found['time']) == (0.612, 1.117)
     assert found['gains'] == {'top-1 error': pytest.approx(0.18)}  # less is better
     rows = make_rows(list(entries.values()))
+    assert [row['options'] for row in rows if row['baseline'] == BASE] == [
+        [],
+        ['efficient'],
+        [],
+        ['efficient'],
+    ]
     shown = [row['memory'] for row in rows if not row['is_baseline']]
     assert shown == sorted(shown)
 

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint site clean
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
@@ -24,6 +24,9 @@ test: lint  ## check the style, then run the tests
 	@echo '== pytest, a process on each core'
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest --numprocesses auto
 
+site: setup  ## write the leaderboard's pages to site/, and its tables to the documents
+	@$(VENV_PYTHON) tools/leaderboard.py build
+
 clean:  ## remove .venv, build output and caches (keeps data and work_dirs)
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

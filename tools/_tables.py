@@ -1,7 +1,9 @@
 """Tables in documents and metafiles that are generated from result files.
 
 In a document, ``<!-- results: KIND FOLDER -->`` and ``<!-- end of results -->`` enclose
-a table of a folder of ``benchmarks/results``. `KINDS` lists the kinds.
+a table of a folder of ``benchmarks/results``. `KINDS` lists the kinds. Two kinds are of
+the leaderboard's entries: ``entries FOLDER``, of a folder of ``configs``, and
+``claims ID ...``.
 """
 
 from __future__ import annotations
@@ -77,10 +79,11 @@ def unclosed_markers(text: str) -> list[str]:
 
 def _block(name: str, root: Path, entries: Sequence[dict]) -> str:
     kind, _, folder = name.partition(' ')
-    if kind not in KINDS:
-        raise TableError(f'<!-- results: {name} -->: write one of {", ".join(KINDS)}.')
-    if kind == 'entries':
-        lines = list(entry_table(entries, folder))
+    if kind not in (*KINDS, *ENTRY_KINDS):
+        known = ', '.join((*KINDS, *ENTRY_KINDS))
+        raise TableError(f'<!-- results: {name} -->: write one of {known}.')
+    if kind in ENTRY_KINDS:
+        lines = list(ENTRY_KINDS[kind](entries, folder))
     else:
         path = root / RESULTS / folder
         if not any(path.glob('*.json')):
@@ -210,6 +213,39 @@ def _entry_row(entry: dict, by_id: dict[str, dict]) -> str:
     return f'| {" | ".join(cells)} |'
 
 
+def claims_table(entries: Sequence[dict], ids: str) -> Iterator[str]:
+    """Entries beside their baselines: memory, time of a step and the first metric."""
+    by_id = {entry['id']: entry for entry in entries}
+    if unknown := [name for name in ids.split() if name not in by_id]:
+        raise TableError(f'<!-- results: claims {ids} -->: there is no {unknown[0]}.')
+    yield from _table(
+        '| | method | memory | time of a step | accuracy | of end-to-end |',
+        (_claim(by_id[name], by_id) for name in ids.split()),
+        left=2,
+    )
+
+
+def _claim(entry: dict, by_id: dict[str, dict]) -> str:
+    baseline = by_id[entry['baseline']]
+    found = compare_with_baseline(entry, baseline)
+    height, width = entry['resolution']
+    images = 'one image' if entry['batch'] == 1 else f'{entry["batch"]} images'
+    cells = [
+        f'{entry["model"]}, {images} of {height}×{width}',
+        entry['method'],
+        *(f'{found[k]:.3f}' if k in found else '' for k in ('memory', 'time')),
+    ]
+    if entry['metrics']:
+        name, metric = next(iter(entry['metrics'].items()))
+        cells += [
+            f'{name} {format_metric(name, metric)}',
+            format_metric(name, baseline['metrics'][name]),
+        ]
+    else:
+        cells += ['', '']
+    return f'| {" | ".join(cells)} |'
+
+
 def format_metric(name: str, metric: dict) -> str:
     """Mean and, of several seeds, standard deviation."""
     digits, std = _DIGITS[name], metric.get('std')
@@ -259,5 +295,5 @@ KINDS: dict[str, Callable] = {
     'sharding': _sharding,
     'pipeline': _pipeline,
     'predictions': _predictions,
-    'entries': entry_table,
 }
+ENTRY_KINDS: dict[str, Callable] = {'entries': entry_table, 'claims': claims_table}

@@ -17,7 +17,7 @@ from _charts import nice_ticks
 from _entries import EntryError, compare_with_baseline, derive, read_entries
 from _runs import slug
 from _site import make_rows
-from _tables import entry_table, update_metafile
+from _tables import TableError, claims_table, entry_table, update_metafile
 from _validation import find_errors
 
 RESULTS = Path('benchmarks/results')
@@ -311,3 +311,16 @@ def test_ticks_are_few_and_hold_the_range(low, width, count):
     ticks = nice_ticks(low, low + width, count)
     assert ticks[0] <= low + 1e-6 * width and ticks[-1] >= low + width * (1 - 1e-6)
     assert 2 <= len(ticks) <= count + 3
+
+
+def test_claims_stand_beside_their_baselines():
+    entries = list(read_entries(Path()).values())
+    ids = f'{STEP}-local srresnet_x2_photos-man'
+    step, accuracy = list(claims_table(entries, ids))[2:]
+    assert step.startswith(
+        '| RetinaNet, ResNet-50, one image of 608×972 | MAN | 0.465 |'
+    )
+    assert step.endswith('|  |  |')
+    assert accuracy.endswith('| PSNR 35.450 ± 0.012 | 35.498 ± 0.028 |')
+    with pytest.raises(TableError, match='there is no nothing'):
+        list(claims_table(entries, 'nothing'))

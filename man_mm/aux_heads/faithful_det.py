@@ -28,7 +28,7 @@ class FaithfulDetector(nn.Module):
 
     Raises:
         ValueError: If the model's neck needs earlier maps and ``use_bank`` is False,
-            or the backbone works on tokens.
+            the backbone works on tokens, or one block does not do for a stage.
     """
 
     def __init__(self, site: AuxSite, use_bank: bool) -> None:
@@ -45,6 +45,7 @@ class FaithfulDetector(nn.Module):
         readable.update({tap.stage: tap.name for tap in site.own})
         self.own = site.own[-1].name
         self.later = [tap.stage for tap in site.later]
+        _check_blocks(site)
         finished = {s: name for s, name in readable.items() if s not in self.later}
         missing = [s for s in stages if s not in finished and s not in self.later]
         if missing:
@@ -91,6 +92,24 @@ def _copies(targets: Sequence[Any]) -> list[Any]:
     for sample in copies:
         sample.set_data({name: field.clone() for name, field in sample.items()})
     return copies
+
+
+def _check_blocks(site: AuxSite) -> None:
+    """Refuses stages that end with another map than the block that stands for them.
+
+    Raises:
+        ValueError: If a stage has several widths or strides, as the last one of SSD.
+    """
+    begins = {tap.stage: tap for tap in reversed(site.path)}
+    begins[site.own[-1].stage] = site.own[-1]
+    for end in site.later:
+        begin = begins[end.stage]
+        if (begin.channels, begin.stride) != (end.channels, end.stride):
+            raise ValueError(
+                "aux_head.mode='faithful' puts one block in place of each later stage, "
+                f'but between {begin.name!r} and {end.name!r} channels or strides '
+                "change: set aux_head.mode='light'."
+            )
 
 
 def _read_stages(site: AuxSite) -> list[int]:

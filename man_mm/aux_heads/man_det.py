@@ -248,7 +248,7 @@ def _ground_truth(
         if 'bboxes' in instances:
             boxes = instances.bboxes
         else:
-            boxes = instances.masks.get_bboxes().tensor.to(labels.device)
+            boxes = instances.masks.get_bboxes('hbox').tensor.to(labels.device)
         if class_agnostic:
             labels = torch.zeros_like(labels)
         objects.append(InstanceData(bboxes=boxes, labels=labels))

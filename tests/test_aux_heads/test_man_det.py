@@ -19,6 +19,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import TASK_UTILS
 from torch import nn
 
+from man_mm.aux_heads.faithful_det import _copies
 from man_mm.aux_heads.man_det import (
     _levels,
     anchor_scale,
@@ -190,7 +191,7 @@ def test_boxes_come_from_masks_where_there_are_masks_only(retinanet):
     both, masks_only = targets(masks=True), targets(masks=True)
     for sample, other in zip(both, masks_only, strict=True):
         instances = sample.gt_instances
-        instances.bboxes = instances.masks.get_bboxes().tensor
+        instances.bboxes = instances.masks.get_bboxes('hbox').tensor
         del other.gt_instances.bboxes
     loss = total_loss(head(maps, masks_only, None))
     assert loss == total_loss(head(maps, both, None))
@@ -235,6 +236,60 @@ def test_targets_are_those_of_the_images_as_they_were_resized():
     for a, b in zip(first, second, strict=True):
         assert (a.img_shape, b.img_shape) == ((64, 64), (128, 128))
         torch.testing.assert_close(2 * a.gt_instances.bboxes, b.gt_instances.bboxes)
+
+
+def other_backbone(**backbone):
+    cfg = detector_config('retinanet', 18)
+    cfg.model.backbone = backbone
+    widths = [8, 16, 32, 64] if 'embed_dims' in backbone else [512, 1024]
+    cfg.model.neck.update(in_channels=widths, start_level=0)
+    return build_detector(cfg)
+
+
+SWIN = dict(
+    type='SwinTransformer',
+    embed_dims=8,
+    depths=[1] * 4,
+    num_heads=[2] * 4,
+    window_size=2,
+)
+SSD = dict(type='SSDVGG', depth=11, out_feature_indices=(14, 24))
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'message'),
+    [
+        (SWIN, "those of SwinTransformer work on tokens: set aux_head.mode='light'"),
+        (SSD, "between 'backbone.features.17' and 'backbone.features.24' channels or"),
+    ],
+)
+def test_backbones_that_faithful_heads_cannot_copy(backbone, message):
+    model = other_backbone(**backbone)
+    with pytest.raises(ValueError, match=message):
+        build_wrapper(model, aux_head=dict(mode='faithful'))
+    build_wrapper(model)  # control
+
+
+def test_a_neck_that_reads_something_else_than_ends_of_stages():
+    model = build_detector(detector_config('retinanet', 18))
+    forward = model.backbone.forward
+    model.backbone.forward = lambda x: [map_[:, :3] for map_ in forward(x)]
+    with pytest.raises(ValueError, match='ResNet returns maps .*no stage ends with'):
+        build_wrapper(model, aux_head=dict(mode='faithful'))
+
+
+def test_faithful_heads_keep_the_targets_as_they_are():
+    """RTMDet-Ins replaces masks by tensors, which its own loss cannot read again."""
+    samples = targets(masks=True)
+    copies = _copies(samples)
+    for sample in copies:
+        sample.gt_instances.masks = torch.zeros(3, 64, 64)
+        sample.gt_instances = sample.gt_instances[:1]
+        sample.set_metainfo(dict(img_shape=(1, 1)))
+    for before, after in zip(targets(masks=True), samples, strict=True):
+        assert len(after.gt_instances) == 3
+        assert (after.gt_instances.masks.masks == before.gt_instances.masks.masks).all()
+        assert after.img_shape == before.img_shape == (64, 64)
 
 
 def test_heads_share_their_targets():

@@ -69,6 +69,8 @@ def shrink_detector(model):
         expansion = WIDTHS[backbone.depth]
     widths = [8 * expansion * 2**i for i in backbone.out_indices]
     model.neck.in_channels = widths[::-1] if model.type == 'YOLOV3' else widths
+    if 'roi_head' in model:
+        model.train_cfg.rcnn.sampler.num = 32
     if model.type == 'DINO':
         model.num_queries = 50
         model.encoder.num_layers = model.decoder.num_layers = 1

@@ -251,12 +251,13 @@ def row(path):
     """Runs a config; returns its line of the table."""
     cfg = stock(path)
     model = build(cfg)
-    modules, results = '–', []
-    for mode in ('light', 'faithful'):
+    modules, results = '–', {}
+    # Some heads keep tensors of a step, which cannot be copied: copy before it.
+    for mode in ('faithful', 'light'):
         try:
             wrapper = attach(cfg, model, mode=mode)
         except ValueError as error:
-            results.append(f'refused: {str(error).partition(". ")[0].rstrip(".")}')
+            results[mode] = f'refused: {str(error).partition(". ")[0].rstrip(".")}'
             continue
         batch = batch_for(path, model)
         if mode == 'light':
@@ -264,10 +265,11 @@ def row(path):
             check(model, wrapper, batch)
         else:
             take_steps(model, wrapper, batch, steps=1)
-        results.append('works')
-    if results[0] == results[1] != 'works':
-        results[1] = 'refused'  # for the same reason
-    return f'| {" | ".join([*description(path, cfg), modules, *results])} |'
+        results[mode] = 'works'
+    if results['light'] == results['faithful'] != 'works':
+        results['faithful'] = 'refused'  # for the same reason
+    cells = [*description(path, cfg), modules, results['light'], results['faithful']]
+    return f'| {" | ".join(cells)} |'
 
 
 def description(path, cfg):

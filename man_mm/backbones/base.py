@@ -19,7 +19,7 @@ _ADAPTERS: dict[str, UnitsFn] = {}
 _SIZE = 64  # pixels of the image with which a network is probed
 _STRIDE = 32  # of the coarsest map of any family
 _LARGE = 256  # pixels of an image that leaves two locations on the coarsest level
-_SEVERAL_PATHS = ('DetectoRS_ResNet', 'TridentResNet')
+_SEVERAL_PATHS = ('DetectoRS_ResNet', 'HourglassNet', 'HRNet', 'TridentResNet')
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,6 @@ ARCHITECTURES = {
     'DAB-DETR': ['dab_detr/dab-detr_r50_8xb2-50e_coco'],
     'Deformable DETR': ['deformable_detr/deformable-detr_r50_16xb2-50e_coco'],
     'DINO': ['dino/dino-4scale_r50_8xb2-12e_coco'],
-    'SOLO': ['solo/solo_r50_fpn_1x_coco'],
     'SOLOv2': ['solov2/solov2_r50_fpn_1x_coco'],
     'CondInst': ['condinst/condinst_r50_fpn_ms-poly-90k_coco_instance'],
     'YOLACT': ['yolact/yolact_r50_1xb8-55e_coco'],
@@ -108,6 +107,8 @@ SIDES = {  # of images, in pixels; otherwise 64
 FEWER = {
     # As many queries are chosen as there are locations in an image of this size.
     'dino/dino-4scale_r50_8xb2-12e_coco': {'model.num_queries': 100},
+    # The maps of its head have the size of these grids, not of the image.
+    'solov2/solov2_r50_fpn_1x_coco': {'model.mask_head.num_grids': [8, 7, 6, 4, 3]},
     # It pads all images to 640 pixels.
     'nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco': {
         'model.data_preprocessor.batch_augments': None

@@ -176,7 +176,8 @@ def attach(cfg, model, **aux_head):
 
 def batch_for(path, model):
     side = SIDES.get(path, 64)
-    MessageHub.get_current_instance().update_info('iter', 0)  # read by YOLOX
+    for name in ('iter', 'epoch'):  # read by YOLOX and by TOOD
+        MessageHub.get_current_instance().update_info(name, 0)
     return synthetic_batch(model, (2, 3, side, side))
 
 

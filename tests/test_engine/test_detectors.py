@@ -32,19 +32,13 @@ ARCHITECTURES = {
         'retinanet/retinanet_r50_fpn_1x_coco',
         'swin/retinanet_swin-t-p4-w7_fpn_1x_coco',
         'regnet/retinanet_regnetx-800MF_fpn_1x_coco',
-        'nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco',
         'efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco',
-        'pvt/retinanet_pvt-t_fpn_1x_coco',
     ],
     'FCOS': ['fcos/fcos_r50-caffe_fpn_gn-head_1x_coco'],
-    'ATSS': [
-        'atss/atss_r50_fpn_1x_coco',
-        'dyhead/atss_r50_fpn_dyhead_1x_coco',
-    ],
+    'ATSS': ['atss/atss_r50_fpn_1x_coco'],
     'GFL': ['gfl/gfl_r50_fpn_1x_coco'],
     'TOOD': ['tood/tood_r50_fpn_1x_coco'],
     'VarifocalNet': ['vfnet/vfnet_r50_fpn_1x_coco'],
-    'PAA': ['paa/paa_r50_fpn_1x_coco'],
     'FoveaBox': ['foveabox/fovea_r50_fpn_4xb4-1x_coco'],
     'YOLOF': ['yolof/yolof_r50-c5_8xb8-1x_coco'],
     'CenterNet': ['centernet/centernet_r18_8xb16-crop512-140e_coco'],
@@ -61,11 +55,9 @@ ARCHITECTURES = {
     'RPN': ['rpn/rpn_r50_fpn_1x_coco'],
     'Faster R-CNN': [
         'faster_rcnn/faster-rcnn_r50_fpn_1x_coco',
-        'faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco',
         'pafpn/faster-rcnn_r50_pafpn_1x_coco',
         'hrnet/faster-rcnn_hrnetv2p-w18-1x_coco',
     ],
-    'Libra R-CNN': ['libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco'],
     'Dynamic R-CNN': ['dynamic_rcnn/dynamic-rcnn_r50_fpn_1x_coco'],
     'Cascade R-CNN': [
         'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco',
@@ -75,19 +67,14 @@ ARCHITECTURES = {
         'mask_rcnn/mask-rcnn_r50_fpn_1x_coco',
         'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco',
         'convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco',
-        'resnest/mask-rcnn_s50_fpn_syncbn-backbone+head_ms-1x_coco',
     ],
     'Sparse R-CNN': ['sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco'],
     'TridentNet': ['tridentnet/tridentnet_r50-caffe_1x_coco'],
-    'DETR': ['detr/detr_r18_8xb2-500e_coco', 'detr/detr_r50_8xb2-150e_coco'],
-    'Conditional DETR': ['conditional_detr/conditional-detr_r50_8xb2-50e_coco'],
-    'DAB-DETR': ['dab_detr/dab-detr_r50_8xb2-50e_coco'],
+    'DETR': ['detr/detr_r18_8xb2-500e_coco'],
     'Deformable DETR': ['deformable_detr/deformable-detr_r50_16xb2-50e_coco'],
     'DINO': ['dino/dino-4scale_r50_8xb2-12e_coco'],
     'SOLOv2': ['solov2/solov2_r50_fpn_1x_coco'],
     'CondInst': ['condinst/condinst_r50_fpn_ms-poly-90k_coco_instance'],
-    'YOLACT': ['yolact/yolact_r50_1xb8-55e_coco'],
-    'Mask2Former': ['mask2former/mask2former_r50_8xb2-lsj-50e_coco'],
 }
 PATHS = {path: name for name, paths in ARCHITECTURES.items() for path in paths}
 # The others take minutes.
@@ -109,10 +96,6 @@ FEWER = {
     'dino/dino-4scale_r50_8xb2-12e_coco': {'model.num_queries': 100},
     # The maps of its head have the size of these grids, not of the image.
     'solov2/solov2_r50_fpn_1x_coco': {'model.mask_head.num_grids': [8, 7, 6, 4, 3]},
-    # It pads all images to 640 pixels.
-    'nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco': {
-        'model.data_preprocessor.batch_augments': None
-    },
 }
 
 

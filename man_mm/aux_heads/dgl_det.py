@@ -13,7 +13,7 @@ from man_mm.core import MemoryBank
 
 from .base import AuxHead, AuxSite
 from .blocks import conv_block
-from .man_det import LightDetector, dense_head, find_levels, model_strides
+from .man_det import LightDetector, find_levels, model_strides, num_classes
 
 _LAYERS = 3
 
@@ -37,8 +37,7 @@ class DGLDetHead(AuxHead):
             boxes, beside the one that both share. Default: 0.
 
     Raises:
-        ValueError: If an option is out of range, or the model is no detector with a
-            dense head.
+        ValueError: If an option is out of range, or the model is no detector.
     """
 
     reads = frozenset()
@@ -50,9 +49,10 @@ class DGLDetHead(AuxHead):
                 'aux_head.channels must be at least 1 and aux_head.num_convs at least '
                 f'0, got {channels} and {num_convs}.'
             )
+        num_classes(site.model)  # refuses what is no detector
         own = site.own[-1]
         self.own = own.name
-        finest = find_levels(model_strides(dense_head(site.model)))[0]
+        finest = find_levels(model_strides(site.model))[0]
         stride = max(own.stride, finest)
         # On the first stage's map, these convolutions would set the peak of memory.
         self.pool = nn.AvgPool2d(stride // own.stride, ceil_mode=True)

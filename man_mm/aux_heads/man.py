@@ -11,7 +11,7 @@ from torch import nn
 from .base import AuxHead, AuxSite
 from .classifier import is_classifier
 from .man_cls import MANClsHead
-from .man_det import MANDetHead
+from .man_det import MANDetHead, is_detector
 from .man_sr import MANSRHead, is_restorer
 
 
@@ -38,8 +38,7 @@ def MANHead(site: AuxSite, **options: Any) -> AuxHead:  # noqa: N802
 
 
 def _head_for(model: nn.Module) -> type[AuxHead]:
-    heads = ('bbox_head', 'rpn_head')
-    if any(getattr(model, head, None) is not None for head in heads):
+    if is_detector(model):
         return MANDetHead
     if is_classifier(model):
         return MANClsHead
@@ -47,9 +46,9 @@ def _head_for(model: nn.Module) -> type[AuxHead]:
         return MANSRHead
     raise ValueError(
         f'aux_head.type=MANHead knows no auxiliary head for {type(model).__name__}; '
-        'it serves one-stage and two-stage detectors (models with a bbox_head or an '
-        'rpn_head), image classifiers (models whose head is a ClsHead of mmpretrain) '
-        'and super-resolution models (a BaseEditModel of mmagic with a pixel_loss). '
-        'Register a man_mm.AuxHead of your own in '
-        'mmengine.registry.MODELS.'
+        'it serves detectors of mmdet (models with a roi_head, rpn_head, bbox_head, '
+        'mask_head or panoptic_head of known num_classes), image classifiers (models '
+        'whose head is a ClsHead of mmpretrain) and super-resolution models (a '
+        'BaseEditModel of mmagic with a pixel_loss). Register a man_mm.AuxHead of your '
+        'own in mmengine.registry.MODELS.'
     )

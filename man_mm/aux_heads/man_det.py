@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from mmengine import registry as root
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from man_mm.backbones import find_outputs
 from man_mm.core import MemoryBank
 
 from .base import AuxHead, AuxSite, in_full_precision
@@ -17,6 +20,7 @@ from .faithful_det import FaithfulDetector
 from .pyramid import LocalPyramid
 
 _FINEST_STRIDE = 8
+_COARSEST_STRIDE = 128
 
 
 @root.MODELS.register_module()
@@ -27,7 +31,7 @@ class MANDetHead(AuxHead):
     After arXiv 2406.00446, section 3.3.
 
     - ``light``: a `LocalPyramid` and mmdet's ATSS head, one anchor a location and
-      few channels. Two-stage detectors get the same head, with their classes.
+      few channels. Detectors of any kind get the same head, with their classes.
     - ``faithful``: one full residual block for each later stage, then copies of the
       model's own neck and heads, as the paper describes it; large.
 
@@ -112,16 +116,17 @@ class LightDetector(nn.Module):
         use_bank: bool,
     ) -> None:
         super().__init__()
-        dense = dense_head(site.model)
-        strides = find_levels(model_strides(dense))
+        classes = num_classes(site.model)
+        strides = find_levels(model_strides(site.model))
         if levels == 'own':
             strides = [max(site.own[-1].stride, strides[0])]
         maps = (*site.earlier, *site.own) if use_bank else site.own
         self.pyramid = LocalPyramid(maps, strides, channels, num_blocks)
+        self.class_agnostic = classes == 1
         self.head = root.MODELS.build(
             dict(
                 type='mmdet.ATSSHead',
-                num_classes=num_classes(site.model),
+                num_classes=classes,
                 in_channels=channels,
                 feat_channels=channels,
                 stacked_convs=num_convs,
@@ -129,7 +134,7 @@ class LightDetector(nn.Module):
                 anchor_generator=dict(
                     type='AnchorGenerator',
                     ratios=[1.0],
-                    octave_base_scale=anchor_scale(dense),
+                    octave_base_scale=anchor_scale(site.model),
                     scales_per_octave=1,
                     strides=self.pyramid.levels,
                 ),
@@ -147,8 +152,7 @@ class LightDetector(nn.Module):
         self._assign = self.head.get_targets
         self.head.get_targets = self._get_targets
         self._shared: dict = {}
-        coder = getattr(dense, 'bbox_coder', None)
-        if type(coder).__name__ == 'DeltaXYWHBBoxCoder':
+        if coder := box_coder(site.model):
             self.head.bbox_coder = copy.deepcopy(coder)
 
     def forward(
@@ -156,7 +160,9 @@ class LightDetector(nn.Module):
     ) -> dict[str, Any]:
         """Local detection losses; see `AuxHead.forward`."""
         self._shared = {} if bank is None else bank.shared
-        losses = self.head.loss(tuple(self.pyramid(maps, bank)), targets)
+        predictions = self.head(tuple(self.pyramid(maps, bank)))
+        objects, ignored, metas = _ground_truth(targets, self.class_agnostic)
+        losses = self.head.loss_by_feat(*predictions, objects, metas, ignored)
         self._shared = {}  # nothing of a step may survive it
         return losses
 
@@ -168,64 +174,124 @@ class LightDetector(nn.Module):
         return self._shared[grid]
 
 
-def dense_head(model: nn.Module) -> nn.Module:
-    """The detector's head on dense locations: RPN or single-stage head.
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """The heads of a detector that may know its classes, strides and anchors.
 
-    Raises:
-        ValueError: If the model is no such detector.
+    Those of regions first, then those of locations and those of queries; of several
+    heads in a row, as in Cascade R-CNN, the first. None for models of another kind.
     """
-    head = getattr(model, 'rpn_head', None) or getattr(model, 'bbox_head', None)
-    if head is None:
-        raise ValueError(
-            f'MANDetHead trains detectors of mmdet with an rpn_head or a bbox_head, '
-            f"not {type(model).__name__}: set aux_head.type='MANHead', which chooses."
-        )
-    return head
+    places = [(getattr(model, 'roi_head', None), 'bbox_head')]
+    names = ('bbox_head', 'rpn_head', 'mask_head', 'panoptic_head')
+    places += [(model, name) for name in names]
+    heads = [getattr(holder, name, None) for holder, name in places]
+    heads = [x[0] if isinstance(x, nn.ModuleList) else x for x in heads]
+    return [head for head in heads if isinstance(head, nn.Module)]
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether a model detects objects of known classes, as those of mmdet do."""
+    return _num_classes(model) is not None
 
 
 def num_classes(model: nn.Module) -> int:
-    """Number of classes of a one-stage or two-stage detector."""
-    roi_head = getattr(model, 'roi_head', None)
-    if roi_head is None:
-        return model.bbox_head.num_classes
-    bbox_head = roi_head.bbox_head
-    if isinstance(bbox_head, nn.ModuleList):
-        bbox_head = bbox_head[0]
-    return bbox_head.num_classes
-
-
-def model_strides(dense: nn.Module) -> list[int]:
-    """Strides in pixels of the levels that a dense head predicts on.
+    """Number of classes of a detector.
 
     Raises:
-        ValueError: If the head does not predict on a grid.
+        ValueError: If the model is none.
     """
-    generator = getattr(dense, 'prior_generator', None)
-    if generator is None:
+    count = _num_classes(model)
+    if count is None:
         raise ValueError(
-            f'MANDetHead cannot read strides from {type(dense).__name__}, which has '
-            'no prior_generator: use a detector with a dense head (RetinaNet, FCOS, '
-            'ATSS, RPN, ...).'
+            'MANDetHead trains detectors of mmdet with a roi_head, an rpn_head, a '
+            'bbox_head, a mask_head or a panoptic_head that knows its num_classes, '
+            f"not {type(model).__name__}: set aux_head.type='MANHead', which chooses."
         )
+    return count
+
+
+def model_strides(model: nn.Module) -> list[int]:
+    """Strides in pixels of the levels that a detector predicts on.
+
+    Those of its anchors or points, or of the maps that its heads read.
+    """
+    generator = _generator(model)
+    if generator is None:
+        return [tap.stride for tap in find_outputs(model, behind_neck=True)]
     return [s[0] if isinstance(s, tuple) else s for s in generator.strides]
 
 
-def anchor_scale(dense: nn.Module) -> float:
-    """Anchor side in strides: the geometric mean of the model's own anchor scales.
+def anchor_scale(model: nn.Module) -> float:
+    """Anchor side in strides: the geometric mean over the model's own anchors.
 
     8, the scale of ATSS, for models without anchors.
     """
-    scales = getattr(dense.prior_generator, 'scales', None)
-    if scales is None:
+    generator = _generator(model)
+    levels = getattr(generator, 'base_anchors', None)
+    if levels is None:
         return 8.0
-    return float(scales.log().mean().exp())
+    scales = [
+        (anchors[:, 2:] - anchors[:, :2]).prod(1).sqrt() / stride
+        for anchors, stride in zip(levels, model_strides(model), strict=True)
+    ]
+    return float(torch.cat(scales).log().mean().exp())
+
+
+def box_coder(model: nn.Module) -> nn.Module | None:
+    """The coding of boxes of the model's dense head, if it codes offsets of anchors."""
+    coders = [getattr(head, 'bbox_coder', None) for head in _dense_heads(model)]
+    coders = [x for x in coders if type(x).__name__ == 'DeltaXYWHBBoxCoder']
+    return coders[0] if coders else None
+
+
+def _num_classes(model: nn.Module) -> int | None:
+    counts = [
+        getattr(head, key, None)
+        for head in heads_of(model)
+        for key in ('num_classes', 'num_things_classes')
+    ]
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def _dense_heads(model: nn.Module) -> list[nn.Module]:
+    return [x for x in heads_of(model) if hasattr(x, 'prior_generator')]
+
+
+def _generator(model: nn.Module) -> Any:
+    """What makes the anchors or points of a dense head; None for other detectors."""
+    return next((head.prior_generator for head in _dense_heads(model)), None)
+
+
+def _ground_truth(
+    targets: Sequence[Any], class_agnostic: bool
+) -> tuple[list[Any], list[Any], list[dict]]:
+    """Boxes with labels, boxes to ignore, and the description of each image.
+
+    Boxes are those around the masks where there are masks only. Proposals of an RPN
+    have one class, whatever the objects are.
+    """
+    from mmdet.models.utils import unpack_gt_instances
+
+    found, ignored, metas = unpack_gt_instances(targets)
+    objects = []
+    for instances in found:
+        labels = instances.labels
+        if 'bboxes' in instances:
+            boxes = instances.bboxes
+        else:
+            boxes = instances.masks.get_bboxes('hbox').tensor.to(labels.device)
+        if class_agnostic:
+            labels = torch.zeros_like(labels)
+        objects.append(InstanceData(bboxes=boxes, labels=labels))
+    return objects, ignored, metas
 
 
 def find_levels(strides: list[int]) -> list[int]:
-    """Powers of two that span the model's strides, from stride 8 on.
+    """Powers of two that span the model's strides, from stride 8 to stride 128.
 
-    Stride 4 would cost more than all other levels together.
+    Stride 4 would cost more than all other levels together, and beyond 128, where SSD
+    has a single location, there is little to see.
     """
     first = max(min(strides), min(_FINEST_STRIDE, max(strides)))
-    exponents = range(round(math.log2(first)), round(math.log2(max(strides))) + 1)
+    last = max(first, min(_COARSEST_STRIDE, max(strides)))
+    exponents = range(round(math.log2(first)), round(math.log2(last)) + 1)
     return [2**exponent for exponent in exponents]

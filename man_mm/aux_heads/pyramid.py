@@ -79,11 +79,12 @@ class LocalPyramid(nn.Module):
             if tap is own or min(levels) <= tap.stride < own.stride
         }
         self.own_stride = own.stride
-        self.levels = [s for s in levels if s in self.sources or s > own.stride]
+        levels = [s for s in levels if s in self.sources or s > own.stride]
+        self.levels = levels or [own.stride]
         self.laterals = nn.ModuleDict(
             {str(s): Lateral(tap.channels, channels) for s, tap in self.sources.items()}
         )
-        steps = round(math.log2(max(max(levels) / own.stride, 1)))
+        steps = round(math.log2(max(max(self.levels) / own.stride, 1)))
         self.slm = nn.ModuleList(_halve(channels, num_blocks) for _ in range(steps))
         self.out = conv_block(channels, channels, 3)
 
@@ -109,7 +110,7 @@ class LocalPyramid(nn.Module):
         for block in self.slm:
             stride *= 2
             x = pyramid[stride] = block(x)
-        strides = sorted(pyramid)
+        strides = sorted(s for s in pyramid if s >= min(self.levels))
         for fine, coarse in zip(strides[-2::-1], strides[:0:-1], strict=True):
             up = F.interpolate(pyramid[coarse], size=pyramid[fine].shape[-2:])
             pyramid[fine] = pyramid[fine] + up

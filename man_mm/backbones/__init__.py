@@ -1,9 +1,10 @@
 """One adapter a backbone family: its units, and in which order they run."""
 
-from . import convnets, resnet, super_resolution, transformers
+from . import convnets, darknet, resnet, super_resolution, transformers
 from .base import (
     Tap,
     find_backbone,
+    find_outputs,
     find_scale,
     find_units,
     image_channels,
@@ -16,7 +17,9 @@ __all__ = [
     'CIFARResNet',
     'Tap',
     'convnets',
+    'darknet',
     'find_backbone',
+    'find_outputs',
     'find_scale',
     'find_units',
     'image_channels',

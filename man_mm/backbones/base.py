@@ -18,7 +18,8 @@ UnitsFn = Callable[[nn.Module], list[Unit]]
 _ADAPTERS: dict[str, UnitsFn] = {}
 _SIZE = 64  # pixels of the image with which a network is probed
 _STRIDE = 32  # of the coarsest map of any family
-_SEVERAL_PATHS = ('DetectoRS_ResNet', 'TridentResNet')
+_LARGE = 256  # pixels of an image that leaves two locations on the coarsest level
+_SEVERAL_PATHS = ('DetectoRS_ResNet', 'HourglassNet', 'HRNet', 'TridentResNet')
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,28 @@ def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
     return tap(ENTRY, -1, inputs[units[0].name][0]), taps
 
 
+def find_outputs(model: nn.Module, behind_neck: bool = False) -> list[Tap]:
+    """Runs a detector's backbone on a black image to learn which maps it returns.
+
+    Args:
+        model: A detector of mmdet; left as it was.
+        behind_neck: Whether to look behind the neck, if there is one.
+
+    Returns:
+        One tap a map, in order, whose names and stages are its places in it.
+    """
+    _, backbone = find_backbone(model)
+    size = max(_LARGE, _STRIDE * _largest_window(backbone))
+    network = model.extract_feat if behind_neck else backbone
+    with _evaluating(model):
+        maps = network(_black(backbone, size))
+    maps = [maps] if isinstance(maps, Tensor) else maps
+    return [
+        Tap(str(index), index, map_.shape[1], size // map_.shape[3])
+        for index, map_ in enumerate(maps)
+    ]
+
+
 def find_scale(backbone: nn.Module, size: int = 16) -> int:
     """How many times larger the image is that a super-resolution network returns.
 
@@ -183,6 +206,8 @@ def image_channels(backbone: nn.Module) -> int:
     """Channels of the images that a network takes."""
     convs = (m for m in backbone.modules() if isinstance(m, nn.Conv2d))
     channels = next(convs).in_channels
+    if any(type(m).__name__ == 'Focus' for m in backbone.modules()):
+        return channels // 4  # of YOLOX, which folds 2×2 pixels into channels
     # Networks that restore images return what they take, but the first convolution of
     # some sees more channels, as space is folded into them.
     last = getattr(backbone, 'conv_last', None)
@@ -190,9 +215,9 @@ def image_channels(backbone: nn.Module) -> int:
 
 
 @contextmanager
-def _evaluating(backbone: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
     try:
         with torch.no_grad():
             yield

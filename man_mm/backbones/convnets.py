@@ -1,4 +1,4 @@
-"""VGG and ConvNeXt of mmpretrain, which mmdet uses too."""
+"""VGG of mmpretrain and of SSD in mmdet, and ConvNeXt, which mmdet uses too."""
 
 from __future__ import annotations
 
@@ -26,6 +26,26 @@ def vgg_units(backbone: nn.Module) -> list[Unit]:
             if isinstance(features[index], nn.MaxPool2d):
                 parts = (*units.pop().parts, name)
             units.append(Unit(name, stage, parts))
+    return units
+
+
+@register_units('SSDVGG')
+def ssd_vgg_units(backbone: nn.Module) -> list[Unit]:
+    """Every convolution with its ReLU; the first one of a stage with the pooling.
+
+    Stages end before the pooling, where SSD reads them. The pooling behind the last
+    stage of VGG keeps the size of the map, and so begins no stage.
+    """
+    units: list[Unit] = []
+    parts: tuple[str, ...] = ()
+    stage = 0
+    for index, layer in enumerate(backbone.features):
+        parts = (*parts, f'features.{index}')
+        if isinstance(layer, nn.MaxPool2d) and layer.stride > 1:
+            stage += 1
+        if isinstance(layer, nn.ReLU):
+            units.append(Unit(parts[-1], stage, parts))
+            parts = ()
     return units
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from man_mm.aux_heads.classifier import is_classifier
-from man_mm.aux_heads.man_det import num_classes
+from man_mm.aux_heads.man_det import heads_of, is_detector, num_classes
 from man_mm.aux_heads.man_sr import is_restorer
 from man_mm.backbones import find_backbone, find_scale
 
@@ -33,7 +33,7 @@ def synthetic_batch(model: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
         ValueError: If the model is of another kind.
     """
     count, *image = shape
-    if hasattr(model, 'bbox_head') or hasattr(model, 'rpn_head'):
+    if is_detector(model):
         from mmdet.testing import demo_mm_inputs
 
         return demo_mm_inputs(
@@ -41,7 +41,7 @@ def synthetic_batch(model: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
             tuple(image),
             num_items=[_OBJECTS] * count,
             num_classes=max(num_classes(model), 2),
-            with_mask=getattr(model, 'with_mask', False),
+            with_mask=_predicts_masks(model),
         )
     if is_classifier(model):
         from mmpretrain.structures import DataSample
@@ -63,9 +63,14 @@ def synthetic_batch(model: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
         return dict(inputs=list(small), data_samples=samples)
     raise ValueError(
         f'There are no synthetic batches for a {type(model).__name__}, only for '
-        'detectors with a bbox_head or an rpn_head, for image classifiers and for '
-        'super-resolution models with a pixel_loss.'
+        'detectors of mmdet, for image classifiers and for super-resolution models '
+        'with a pixel_loss.'
     )
+
+
+def _predicts_masks(model: nn.Module) -> bool:
+    heads = heads_of(model)
+    return model.with_mask or any(hasattr(head, 'loss_mask') for head in heads)
 
 
 def _images(shape: Sequence[int]) -> Tensor:

@@ -140,7 +140,11 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 paramwise_cfg=self.paramwise_cfg or None,
             )
         )
-        return list(constructor(model).optimizer.param_groups)
+        groups = list(constructor(model).optimizer.param_groups)
+        for group in groups:
+            # For the log only; torch takes it to name the parameters of all groups.
+            group.pop('param_names', None)
+        return groups
 
     def _head_groups(self, heads: nn.Module) -> list[dict]:
         groups: list[dict] = []

@@ -92,5 +92,5 @@ def test_local_losses_fall(kind):
 def test_it_refuses_what_it_cannot_train():
     with pytest.raises(ValueError, match='aux_head.channels must be at least 1'):
         build(head=dict(type='DGLDetHead', channels=0))
-    with pytest.raises(ValueError, match='rpn_head or a bbox_head'):
+    with pytest.raises(ValueError, match='trains detectors of mmdet'):
         build_wrapper(build_classifier(18), aux_head=dict(DGL))

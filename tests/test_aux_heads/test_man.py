@@ -83,7 +83,7 @@ def test_reads_are_the_earlier_maps_that_are_looked_up(kind, mode, use_bank):
         ('retinanet', dict(width=32), r"\['width'\].*MANDetHead takes \['mode'"),
         ('classifier', dict(mode='full'), "mode must be one of .'light', 'faithful'"),
         ('classifier', dict(fusion='sum'), "fusion must be one of .'concatenate', "),
-        ('classifier', dict(num_blocks=0), 'num_blocks must be at least 1'),
+        ('classifier', dict(num_blocks=-1), 'num_blocks at least 0'),
     ],
 )
 def test_options_that_a_head_does_not_have(kind, options, message):

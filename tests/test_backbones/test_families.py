@@ -1,4 +1,4 @@
-"""VGG, ConvNeXt, Swin and Vision Transformers, and our CIFAR ResNet, cut at stages.
+"""VGG, ConvNeXt, Swin, ViT, Darknets and our CIFAR ResNet, cut at stages.
 
 A training step by hooks is compared, bit for bit, with a loop that runs the network's
 parts by hand and detaches in between.
@@ -6,6 +6,7 @@ parts by hand and detaches in between.
 
 import copy
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,14 +18,16 @@ from conftest import (
     detector_config,
     labelled_images,
 )
+from mmdet.models.backbones import Darknet
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from man_mm.backbones import find_units, probe
+from man_mm.backbones import find_outputs, find_units, probe
 from man_mm.backbones.transformers import vit_map
 from man_mm.core import LocalLearner, StagePartition, split
 
 SWIN = dict(window_size=2, drop_path_rate=0.0, out_indices=(0, 1, 2, 3))
+SMALL_CSP = dict(widen_factor=0.125, deepen_factor=0.33)
 FAMILIES = {
     'cifar-resnet': dict(type='CIFARResNet', depth=14, base_channels=8),
     'vgg': dict(
@@ -60,6 +63,10 @@ FAMILIES = {
         out_indices=[2, 4],
         out_type='featmap',
     ),
+    'darknet': dict(type='mmdet.Darknet', depth=13),
+    'csp-darknet': dict(type='mmdet.CSPDarknet', **SMALL_CSP),
+    'cspnext': dict(type='mmdet.CSPNeXt', **SMALL_CSP),
+    'ssd-vgg': dict(type='mmdet.SSDVGG', depth=11, out_feature_indices=(14, 24)),
 }
 NUM_UNITS = {
     'cifar-resnet': 7,
@@ -68,7 +75,18 @@ NUM_UNITS = {
     'swin': 5,
     'mmdet-swin': 5,
     'vit': 5,
+    'darknet': 12,
+    'csp-darknet': 10,
+    'cspnext': 12,
+    'ssd-vgg': 10,
 }
+# mmdet has only the one with 53 layers: blocks and widths of its stages.
+DARKNET = ((1, 1, 2, 1, 1), ((32, 8), (8, 8), (8, 16), (16, 16), (16, 32)))
+
+
+@pytest.fixture(autouse=True)
+def darknet_of_13_layers(monkeypatch):
+    monkeypatch.setattr(Darknet, 'arch_settings', {13: DARKNET})
 
 
 @pytest.fixture(params=FAMILIES)
@@ -115,6 +133,18 @@ def stages_of(name, b, x):
             x = b.stages[stage](b.downsample_layers[stage](x))
             norm = getattr(b, f'norm{stage}', None)
             x = yield x, x, lambda x, norm=norm: norm(x) if norm else None
+    elif name in ('darknet', 'csp-darknet', 'cspnext'):
+        first, *stages = b.cr_blocks if name == 'darknet' else b.layers
+        x = getattr(b, first)(x)
+        for index, stage in enumerate(stages, start=1):
+            x = getattr(b, stage)(x)
+            read = index in b.out_indices
+            x = yield x, x, lambda x, read=read: x if read else None
+    elif name == 'ssd-vgg':
+        starts = [0, 2, 5, 10, 15, 25]  # the pooling that halves the map begins one
+        for stage, (start, stop) in enumerate(pairwise(starts)):
+            x = b.features[start:stop](x)
+            x = yield x, x, lambda x, stage=stage: x if stage in (3, 4) else None
     elif name == 'vit':
         x, size = b.patch_embed(x)
         x = torch.cat((b.cls_token.expand(len(x), -1, -1), x), dim=1)
@@ -261,6 +291,37 @@ def test_a_classifier_trains_and_stays_plain(family):
     for head in ('AugLocalHead', 'MomentumHead'):
         with pytest.raises(ValueError, match='works on tokens'):
             build_wrapper(model, aux_head=dict(type=head))
+
+
+@pytest.mark.parametrize(
+    ('family', 'strides'),
+    [
+        ('darknet', [2, 4, 8, 16, 32]),
+        ('csp-darknet', [4, 8, 16, 32]),
+        ('cspnext', [4, 8, 16, 32]),
+        ('ssd-vgg', [1, 2, 4, 8, 16]),
+    ],
+)
+def test_strides_of_stages_and_outputs(family, strides):
+    model = build(family)
+    entry, taps = probe(model, find_units(model))
+    assert entry.channels == 3  # although YOLOX begins with 12 channels
+    ends = {tap.stage: tap for tap in taps if tap.stage >= 0}
+    assert [tap.stride for tap in ends.values()] == strides
+    shapes = [(tap.channels, tap.stride) for tap in find_outputs(model)]
+    last = list(ends.values())[-len(shapes) :]
+    assert shapes == [(end.channels, end.stride) for end in last]
+    assert len(shapes) == (2 if family == 'ssd-vgg' else 3)
+
+
+def test_finding_outputs_leaves_the_model_as_it_was():
+    model = build('csp-darknet')
+    before = copy.deepcopy(model.state_dict())
+    find_outputs(model)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    model.backbone(torch.randn(2, 3, 64, 64))  # control
+    assert not all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_windows_as_large_as_those_of_stock_swin():

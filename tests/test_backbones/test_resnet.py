@@ -203,7 +203,7 @@ TRIDENT = dict(
     [
         ('mmdet', 'TridentResNet', TRIDENT, 'several paths'),
         ('mmdet', 'DetectoRS_ResNet', dict(depth=50), 'several paths'),
-        ('mmdet', 'HRNet', dict(extra=HRNET), 'cannot cut yet'),
+        ('mmdet', 'HRNet', dict(extra=HRNET), 'several paths'),
         ('mmdet', 'MobileNetV2', dict(widen_factor=0.1), 'cannot cut yet'),
         ('mmpretrain', 'MobileNetV2', dict(widen_factor=0.1), 'cannot cut yet'),
     ],

@@ -161,6 +161,24 @@ def _predictions(folder: Path) -> list[str]:
     return lines
 
 
+def _rates(folder: Path) -> list[str]:
+    """Results of runs called ``NAME rate RATE``: a row for each name."""
+    from compare import read_folder
+
+    table: dict[str, dict[str, float]] = {}
+    for result in read_folder(folder):
+        name, _, rate = result['name'].partition(' rate ')
+        table.setdefault(name, {})[rate] = next(iter(result['metrics'].values()))
+    rates = sorted({rate for row in table.values() for rate in row}, key=float)
+    rows = []
+    for name, row in table.items():
+        best = max(row.values())
+        cells = [f'{row[r]:.2f}' if r in row else '' for r in rates]
+        cells = [f'**{x}**' if x == f'{best:.2f}' else x for x in cells]
+        rows.append(f'| {name} | {" | ".join(cells)} |')
+    return _table(f'| rate | {" | ".join(rates)} |', rows)
+
+
 def _demo(folder: Path) -> list[str]:
     """Results of tools/demo.py by seed, their mean and spread."""
     paths = sorted(folder.glob('digits_*.json'))
@@ -291,6 +309,7 @@ KINDS: dict[str, Callable] = {
     'steps': _steps,
     'peaks': _peaks,
     'training': _training,
+    'rates': _rates,
     'demo': _demo,
     'sharding': _sharding,
     'pipeline': _pipeline,

@@ -16,7 +16,7 @@ from man_mm.engine.batches import synthetic_batch
 
 DEMO = 'configs/man/retinanet_r18_man_demo.py'
 # So large that the temporaries of AdamW, which nobody predicts, set no peak.
-SIZE = ['--size', '96', '128', '--batch', '8']
+SIZE = ['--size', '96', '128', '--batch', '16']
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from mmengine import registry as root
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _INIT = (
     dict(type='Kaiming', layer='Conv2d'),
@@ -27,6 +28,8 @@ class CIFARResNet(BaseModule):
         depth: Number of layers, 6n + 2.
         in_channels: Channels of the images. Default: 3.
         base_channels: Channels of the first stage. Default: 16.
+        with_cp: Whether to recompute the blocks in the backward pass (activation
+            checkpointing). Default: False.
         init_cfg: Initial weights. Default: those of He et al. 2015.
 
     Raises:
@@ -38,6 +41,7 @@ class CIFARResNet(BaseModule):
         depth: int,
         in_channels: int = 3,
         base_channels: int = 16,
+        with_cp: bool = False,
         init_cfg: dict | list[dict] | tuple[dict, ...] = _INIT,
     ) -> None:
         super().__init__(init_cfg)
@@ -56,7 +60,7 @@ class CIFARResNet(BaseModule):
             layer = nn.Sequential()
             for index in range(blocks):
                 stride = 2 if stage and not index else 1
-                layer.append(BasicBlock(channels, channels * stride, stride))
+                layer.append(BasicBlock(channels, channels * stride, stride, with_cp))
                 channels *= stride
             self.add_module(name, layer)
 
@@ -75,9 +79,12 @@ class BasicBlock(nn.Module):
         in_channels: Channels of the input.
         channels: Channels of the output, at least as many.
         stride: Stride. Default: 1.
+        with_cp: Whether to recompute the block in the backward pass. Default: False.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int = 1, with_cp: bool = False
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(channels)
@@ -86,9 +93,15 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.stride = stride
         self.more = channels - in_channels
+        self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(N, in_channels, H, W)`` to ``(N, channels, H / s, W / s)``."""
+        if self.with_cp and x.requires_grad:
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
         if self.stride > 1:

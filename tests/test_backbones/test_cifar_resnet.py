@@ -63,3 +63,19 @@ def test_every_block_can_be_a_module(depth, count):
         cuts = UniformPartition(num_modules=4).cuts(units)
         names = ['layer1.2', 'layer2.1', 'layer3.0']
         assert cuts == [f'backbone.{name}' for name in names]
+
+
+def test_checkpointing_computes_the_same_twice():
+    gradients, runs = [], []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        backbone = CIFARResNet(14, base_channels=8, with_cp=with_cp)
+        backbone.init_weights()
+        counts = []
+        backbone.layer2[0].conv1.register_forward_hook(lambda *_, c=counts: c.append(1))
+        (map_,) = backbone(torch.ones(2, 3, 16, 16))
+        map_.sum().backward()
+        gradients.append([param.grad for param in backbone.parameters()])
+        runs.append(len(counts))
+    assert runs == [1, 2]
+    assert all(map(torch.equal, *gradients))

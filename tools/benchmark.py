@@ -43,7 +43,6 @@ from _records import (
 )
 from _schemes import (
     BOTH,
-    END_TO_END,
     SchemeError,
     default_schemes,
     describe_options,
@@ -57,7 +56,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from man_mm.backbones import find_backbone, find_units
+from man_mm.backbones import find_backbone, find_units, image_channels
 from man_mm.core import Unit
 from man_mm.core.flops import count_flops
 from man_mm.core.memory import measure_memory
@@ -112,12 +111,11 @@ def measure(
     Raises:
         SchemeError: If a scheme is not possible.
     """
-    shape = (batch, 3, *size)
     console = console or Console()
     gc.collect()  # the models of the call before
     with quiet():
-        plain = scheme_config(cfg, parse_scheme(END_TO_END), shape)
-        model = MODELS.build(plain.model)
+        model = MODELS.build(cfg.model)
+        shape = (batch, image_channels(find_backbone(model)[1]), *size)
         data, units = synthetic_batch(model, shape), find_units(model)
     del model
     names = schemes or default_schemes(units, batch)

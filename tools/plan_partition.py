@@ -30,6 +30,7 @@ from torch import nn
 
 from man_mm import BalancedPartition, LocalLearningOptimWrapperConstructor
 from man_mm.aux_heads.classifier import is_classifier
+from man_mm.backbones import find_backbone, image_channels
 from man_mm.core.costs import measure_modules
 from man_mm.core.peaks import KINDS, Plan, PlannedModule, predict
 from man_mm.core.plan import Measure, plan_modules
@@ -229,7 +230,7 @@ def report(args: argparse.Namespace, console: Console) -> None:
     model = MODELS.build(cfg.model)
     size = args.size or ((224, 224) if is_classifier(model) else (800, 1333))
     batch = args.batch or cfg.get('train_dataloader', {}).get('batch_size', 1)
-    shape = (batch, 3, *size)
+    shape = (batch, image_channels(find_backbone(model)[1]), *size)
     partition = BalancedPartition(args.num_modules, args.memory_budget, shape)
     measure = make_measure(cfg, model, console)
     plan = partition.plan(measure)

@@ -15,6 +15,7 @@ from man_mm.core.peaks import PlannedModule
 from man_mm.engine.batches import synthetic_batch
 
 DEMO = 'configs/man/retinanet_r18_man_demo.py'
+GREY = 'configs/man/resnet32_k4_man_fashion.py'  # images of one channel
 # So large that the temporaries of AdamW, which nobody predicts, set no peak.
 SIZE = ['--size', '96', '128', '--batch', '16']
 
@@ -56,6 +57,13 @@ def test_the_planner_writes_a_config_that_trains(tool, tmp_path):
     assert float(largest) < 10
     assert 'of end-to-end training' in done.stdout
     assert matplotlib.image.imread(picture).std() > 0.1  # not blank
+
+
+def test_images_have_the_channels_that_the_network_takes(tool, monkeypatch, capsys):
+    options = ['--num-modules=2', '--size', '14', '14', '--batch=2']
+    monkeypatch.setattr('sys.argv', ['', GREY, *options])
+    tool.main()
+    assert 'of end-to-end training' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,8 @@ _base_ = [
     'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
     '../_base_/datasets/scenes_detection.py',
     '../_base_/schedules/scenes_schedule.py',
-    'mmdet::_base_/default_runtime.py',
+    '../_base_/scenes_runtime.py',
 ]
-custom_imports = dict(imports=['man_mm'], allow_failed_imports=False)
 
 norm_cfg = dict(type='GN', num_groups=16)
 model = dict(
@@ -33,11 +32,3 @@ model = dict(
 
 max_iters = 600  # its steps take longer than RetinaNet's
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
-default_hooks = dict(
-    logger=dict(interval=20),
-    checkpoint=dict(by_epoch=False, interval=300, max_keep_ckpts=1),
-    resume=dict(type='ResumeHook'),
-)
-log_processor = dict(by_epoch=False, window_size=20)
-randomness = dict(seed=0)
-env_cfg = dict(dist_cfg=dict(backend='gloo'))

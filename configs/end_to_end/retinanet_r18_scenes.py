@@ -3,9 +3,8 @@ _base_ = [
     'mmdet::_base_/models/retinanet_r50_fpn.py',
     '../_base_/datasets/scenes_detection.py',
     '../_base_/schedules/scenes_schedule.py',
-    'mmdet::_base_/default_runtime.py',
+    '../_base_/scenes_runtime.py',
 ]
-custom_imports = dict(imports=['man_mm'], allow_failed_imports=False)
 
 norm_cfg = dict(type='GN', num_groups=16)
 model = dict(
@@ -31,12 +30,3 @@ model = dict(
     # Few and small images: more anchors count as positive.
     train_cfg=dict(assigner=dict(pos_iou_thr=0.4, neg_iou_thr=0.3)),
 )
-
-default_hooks = dict(
-    logger=dict(interval=20),
-    checkpoint=dict(by_epoch=False, interval=300, max_keep_ckpts=1),
-    resume=dict(type='ResumeHook'),
-)
-log_processor = dict(by_epoch=False, window_size=20)
-randomness = dict(seed=0)
-env_cfg = dict(dist_cfg=dict(backend='gloo'))

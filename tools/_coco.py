@@ -4,18 +4,87 @@ Layout: ``train/000001.png``, ``val/000001.png``, and COCO annotations in
 ``annotations/instances_train.json`` and ``annotations/instances_val.json``.
 """
 
+import argparse
+import inspect
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from _manifest import read_manifest
+from _manifest import begin_manifest, finish_manifest, read_manifest
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
 SPLITS = ('train', 'val')
 AREAS = (32**2, 96**2)  # pixels, by which COCO tells small, medium and large
+
+
+def make_once(out: Path, settings: Mapping, write: Callable[[str, int], None]) -> Path:
+    """Makes a data set, unless its folder already holds it.
+
+    Args:
+        out: The folder: new, empty or made by an earlier call.
+        settings: What was asked for, with ``recipe``, which begins with two words that
+            name the kind of data set, ``num_train`` and ``num_val``.
+        write: Writes a split of so many images.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the folder holds other files.
+        OSError: If it cannot be written.
+    """
+    kind = ' '.join(settings['recipe'].split()[:2])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        reason = _why_make(out, kind, settings)
+        if not reason:
+            print(f'{out} is up to date: nothing to do')
+            return out
+        begin_manifest(out, settings)
+    except OSError as error:
+        raise OSError(
+            f'--out {out} cannot be written ({error.strerror}): choose another folder'
+        ) from error
+    print(f'Making {out}: {reason}')
+    for split in SPLITS:
+        write(split, settings[f'num_{split}'])
+    finish_manifest(out)
+    return out
+
+
+def run_command_line(
+    make: Callable[..., Path], parser: argparse.ArgumentParser, args: list[str] | None
+) -> None:
+    """Adds the options of all data sets, makes one, and tells what it holds.
+
+    Args:
+        make: Makes the data set; its defaults are those of the options.
+        parser: With the options that only this data set has.
+        args: Arguments; None for those of the process.
+    """
+    add = parser.add_argument
+    add('--out', help='folder to write')
+    add('--num-train', type=int, help='training images')
+    add('--num-val', type=int, help='validation images')
+    add('--size', type=int, help='image side in pixels')
+    add('--seed', type=int, help='seed of all random choices')
+    add('--preview', metavar='FILE', help='also draw validation images to FILE')
+    parser.set_defaults(
+        **{key: x.default for key, x in inspect.signature(make).parameters.items()}
+    )
+    options = vars(parser.parse_args(args))
+    preview = options.pop('preview')
+    try:
+        out = make(**options)
+        if preview:
+            draw_preview(out, preview)
+    except (ValueError, OSError) as error:
+        sys.exit(f'{make.__name__}: {error}')
+    print_counts(out)
 
 
 def check_least(settings: Mapping[str, int], least: Mapping[str, int]) -> None:
@@ -40,7 +109,7 @@ def read_annotations(out: Path, split: str) -> dict:
     return json.loads(annotations_file(out, split).read_text('utf-8'))
 
 
-def why_make(out: Path, kind: str, settings: Mapping) -> str:
+def _why_make(out: Path, kind: str, settings: Mapping) -> str:
     """Tells why a data set must be made.
 
     Args:

@@ -7,13 +7,11 @@ photograph. Run `python tools/make_digits.py --help` for the settings.
 
 import argparse
 import colorsys
-import sys
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from _coco import check_least, draw_preview, print_counts, why_make, write_split
-from _manifest import begin_manifest, finish_manifest
+from _coco import check_least, make_once, run_command_line, write_split
 from PIL import Image
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -173,22 +171,11 @@ def make_digits(
     settings = {'recipe': RECIPE, 'num_train': num_train, 'num_val': num_val}
     settings.update(size=size, seed=seed)
     check_least(settings, {'num_train': 1, 'num_val': 1, 'size': 64, 'seed': 0})
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        reason = why_make(out, 'man_mm digits', settings)
-        if not reason:
-            print(f'{out} is up to date: nothing to do')
-            return out
-        begin_manifest(out, settings)
-    except OSError as error:
-        raise OSError(
-            f'--out {out} cannot be written ({error.strerror}): choose another folder'
-        ) from error
-    print(f'Making {out}: {reason}')
-    _write_split(out, 'train', num_train, size, seed)
-    _write_split(out, 'val', num_val, size, seed)
-    finish_manifest(out)
-    return out
+    return make_once(
+        out,
+        settings,
+        lambda split, count: _write_split(out, split, count, size, seed),
+    )
 
 
 def main(args=None):
@@ -197,22 +184,7 @@ def main(args=None):
         description='Make the demo data set of digits on photographs.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add('--out', default='data/digits', help='folder to write')
-    add('--num-train', type=int, default=2000, help='training images')
-    add('--num-val', type=int, default=250, help='validation images')
-    add('--size', type=int, default=96, help='image side in pixels')
-    add('--seed', type=int, default=0, help='seed of all random choices')
-    add('--preview', metavar='FILE', help='also draw validation images to FILE')
-    options = vars(parser.parse_args(args))
-    preview = options.pop('preview')
-    try:
-        out = make_digits(**options)
-        if preview:
-            draw_preview(out, preview)
-    except (ValueError, OSError) as error:
-        sys.exit(f'make_digits: {error}')
-    print_counts(out)
+    run_command_line(make_digits, parser, args)
 
 
 if __name__ == '__main__':

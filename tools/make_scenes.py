@@ -11,13 +11,11 @@ tells which share of it is visible. Run it with --help for the settings.
 import argparse
 import colorsys
 import hashlib
-import sys
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from _coco import check_least, draw_preview, print_counts, why_make, write_split
-from _manifest import begin_manifest, finish_manifest
+from _coco import check_least, make_once, run_command_line, write_split
 from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.progress import track
@@ -280,22 +278,11 @@ def make_scenes(
     check_least(settings, {'num_train': 1, 'num_val': 1, 'size': 64, 'seed': 0})
     splits = {split: _load_items(items, split) for split in PHOTOS}
     settings['items'] = {split: _digest(parts) for split, parts in splits.items()}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        reason = why_make(out, 'man_mm scenes', settings)
-        if not reason:
-            print(f'{out} is up to date: nothing to do')
-            return out
-        begin_manifest(out, settings)
-    except OSError as error:
-        raise OSError(
-            f'--out {out} cannot be written ({error.strerror}): choose another folder'
-        ) from error
-    print(f'Making {out}: {reason}')
-    _write_split(out, 'train', num_train, splits['train'], size, seed)
-    _write_split(out, 'val', num_val, splits['val'], size, seed)
-    finish_manifest(out)
-    return out
+    return make_once(
+        out,
+        settings,
+        lambda split, count: _write_split(out, split, count, splits[split], size, seed),
+    )
 
 
 def main(args=None):
@@ -304,23 +291,8 @@ def main(args=None):
         description='Make a detection data set of Fashion-MNIST on photographs.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add('--out', default='data/scenes', help='folder to write')
-    add('--items', default='data/fashion', metavar='DIR', help='made by make_fashion')
-    add('--num-train', type=int, default=4000, help='training images')
-    add('--num-val', type=int, default=1000, help='validation images')
-    add('--size', type=int, default=160, help='image side in pixels')
-    add('--seed', type=int, default=0, help='seed of all random choices')
-    add('--preview', metavar='FILE', help='also draw validation images to FILE')
-    options = vars(parser.parse_args(args))
-    preview = options.pop('preview')
-    try:
-        out = make_scenes(**options)
-        if preview:
-            draw_preview(out, preview)
-    except (ValueError, OSError) as error:
-        sys.exit(f'make_scenes: {error}')
-    print_counts(out)
+    parser.add_argument('--items', metavar='DIR', help='made by make_fashion')
+    run_command_line(make_scenes, parser, args)
 
 
 if __name__ == '__main__':

@@ -100,8 +100,9 @@ def draw_comparison(results: Sequence[dict], path: Path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.5), layout='constrained', width_ratios=(3, 2)
     )
+    colours = plt.get_cmap('tab10' if len(groups) <= 10 else 'tab20').colors
     for index, (name, group) in enumerate(groups.items()):
-        colour = f'C{index}'
+        colour = colours[index % len(colours)]
         curves = np.array([result['curves']['loss'] for result in group])
         step = group[0]['curves']['step']
         left.plot(step, curves.mean(0), color=colour, label=name)
@@ -116,7 +117,7 @@ def draw_comparison(results: Sequence[dict], path: Path) -> None:
         ylim=(low - 0.05 * (high - low), high),
         title='mean, least and greatest of the seeds',
     )
-    left.legend()
+    left.legend(fontsize='small', ncols=-(-len(groups) // 10))
     right.set(xlabel=metric, title='every seed, and the mean')
     right.set_yticks(range(len(groups)), list(groups))
     right.invert_yaxis()

@@ -179,6 +179,14 @@ def _rates(folder: Path) -> list[str]:
     return _table(f'| rate | {" | ".join(rates)} |', rows)
 
 
+def _probes(folder: Path) -> list[str]:
+    from probe_stages import probe_rows, read_folder
+
+    results = read_folder(folder)
+    columns = f'| | {" | ".join(results[0]["accuracies"])} |'
+    return _table(columns, (f'| {" | ".join(row)} |' for row in probe_rows(results)))
+
+
 def _demo(folder: Path) -> list[str]:
     """Results of tools/demo.py by seed, their mean and spread."""
     paths = sorted(folder.glob('digits_*.json'))
@@ -310,6 +318,7 @@ KINDS: dict[str, Callable] = {
     'peaks': _peaks,
     'training': _training,
     'rates': _rates,
+    'probes': _probes,
     'demo': _demo,
     'sharding': _sharding,
     'pipeline': _pipeline,

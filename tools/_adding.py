@@ -239,7 +239,8 @@ def _method(record: dict, cfg: Config) -> str:
     method = head.get('type', 'MANHead').rpartition('.')[2].removesuffix('Head')
     if raw_kind(record) == 'run':
         if not count_heads(record):
-            return 'end-to-end'
+            with_cp = cfg.model.get('backbone', {}).get('with_cp')
+            return 'checkpointing' if with_cp else 'end-to-end'
         name = re.sub(r',?\s*\bK\s*=?\s*\d+', '', record['name']).strip(', ')
         return method if name.lower() == method.lower() else name
     base, *options = record['scheme'].split('+')

@@ -64,9 +64,14 @@ def read_entries(root: Path) -> dict[Path, dict]:
     paths = [
         path
         for task in TASKS
-        for path in sorted((root / RESULTS / task).glob('*.json'))
+        for path in sorted((root / RESULTS / task).glob('*.json'), key=_in_order)
     ]
     return {path: _read_json(path) for path in paths}
+
+
+def _in_order(path: Path) -> list:
+    """Sorts numbers in names by their value: K 4 before K 16."""
+    return [int(x) if x.isdigit() else x for x in re.split(r'(\d+)', path.stem)]
 
 
 def _read_json(path: Path) -> dict:

@@ -147,9 +147,17 @@ def test_new_results_become_entries(root, capsys):
     """As of a comparison of classifiers, with another metric."""
     folder = RESULTS / 'training/fashion_k4'
     folder.mkdir()
-    for name, config, position, accuracy, heads in (
-        ('end-to-end', 'end_to_end/resnet32_fashion', 0, 88.0, 0),
-        ('dgl K 4', 'dgl/resnet32_k4_dgl_fashion', 1, 87.0, 3),
+    for name, config, options, position, accuracy, heads in (
+        ('end-to-end', 'end_to_end/resnet32_fashion', [], 0, 88.0, 0),
+        ('dgl K 4', 'dgl/resnet32_k4_dgl_fashion', [], 1, 87.0, 3),
+        (
+            'less',
+            'end_to_end/resnet32_fashion',
+            ['model.backbone.with_cp=True'],
+            2,
+            88,
+            0,
+        ),
     ):
         for seed in (0, 1):
             record = load(RESULTS / f'training/{RUNS}/man_seed0.json')
@@ -158,6 +166,7 @@ def test_new_results_become_entries(root, capsys):
             record |= dict(
                 name=name,
                 config=f'configs/{config}.py',
+                options=options,
                 seed=seed,
                 position=position,
                 metrics={'accuracy/top1': accuracy + seed, 'other': 1.0},
@@ -171,7 +180,7 @@ def test_new_results_become_entries(root, capsys):
             path = folder / f'{slug(name)}_seed{seed}.json'
             path.write_text(json.dumps(record))
     leaderboard.main(['add', str(folder), '--set', 'notes=a note'])
-    assert '2 entries' in capsys.readouterr().out
+    assert '3 entries' in capsys.readouterr().out
     entry = load(RESULTS / 'classification/fashion_k4-dgl-k-4.json')
     assert entry['metrics'] == {'top-1': dict(mean=87.5, std=0.5**0.5, seeds=[0, 1])}
     assert (entry['model'], entry['dataset']) == ('ResNet-32', 'Fashion-MNIST')
@@ -181,6 +190,8 @@ def test_new_results_become_entries(root, capsys):
     assert entry['commit'] == '0123abc-dirty' and entry['notes'] == 'a note'
     assert '--seeds 0 1 --out' in entry['command']
     assert entry['baseline'] == 'fashion_k4-end-to-end'
+    less = load(RESULTS / 'classification/fashion_k4-less.json')
+    assert (less['method'], less['baseline']) == ('checkpointing', entry['baseline'])
 
     entries = list(read_entries(root).values())
     row = '| ResNet-32 | Fashion-MNIST | DGL | top-1 | 4 | 87.50 ± 0.71 | 88.50 ± 0.71 '

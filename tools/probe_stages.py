@@ -41,6 +41,12 @@ from man_mm.backbones import find_backbone, find_units, probe
 _STEPS = 1000  # at most, of fitting a probe
 
 
+def whole_model(cfg: Config) -> dict:
+    """Config of the model as a runner builds it, with what mmpretrain keeps beside."""
+    beside = cfg.get('data_preprocessor')
+    return {**({'data_preprocessor': beside} if beside else {}), **cfg.model}
+
+
 def read_features(
     cfg: Config, model: nn.Module, count: int | None = None
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -165,16 +171,17 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument('checkpoints', nargs='+', metavar='NAME=CHECKPOINT')
     parser.add_argument('--images', type=int, help='of the validation set; all else')
     parser.add_argument('--out', type=Path, help='folder of JSON files')
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
     options = parser.parse_args(args)
     pairs = [text.partition('=') for text in options.checkpoints]
     for text, (_, _, path) in zip(options.checkpoints, pairs, strict=True):
         if not Path(path).is_file():
             parser.error(f'write NAME=CHECKPOINT, with a file that exists: {text!r}')
-    cfg = load_config(options.config)
+    cfg = load_config(options.config, options.cfg_options)
     results = []
     for position, (name, _, path) in enumerate(pairs):
         with quiet():
-            model = MODELS.build(cfg.model).eval()
+            model = MODELS.build(whole_model(cfg)).eval()
             load_checkpoint(model, path, map_location='cpu', strict=True)
         try:
             accuracies = fit_probes(*read_features(cfg, model, options.images))
@@ -186,6 +193,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 name=name,
                 position=position,
                 config=options.config,
+                options=options.cfg_options,
                 images=options.images,
                 accuracies=accuracies,
                 versions=versions(),

@@ -88,7 +88,7 @@ def test_the_command_line_writes_results(tool, detector, tmp_path, monkeypatch, 
     cfg, model = detector
     checkpoint, out = tmp_path / 'x.pth', tmp_path / 'out'
     torch.save(dict(state_dict=model.state_dict()), checkpoint)
-    monkeypatch.setattr(tool, 'load_config', lambda _path: cfg)
+    monkeypatch.setattr(tool, 'load_config', lambda _path, _options: cfg)
     tool.main([DETECTOR, f'a model={checkpoint}', '--out', str(out)])
     (result,) = tool.read_folder(out)
     assert [*result['accuracies']] == [*tool.read_features(cfg, model, 1)[0]]
@@ -96,3 +96,15 @@ def test_the_command_line_writes_results(tool, detector, tmp_path, monkeypatch, 
     assert 'a model' in capsys.readouterr().out
     with pytest.raises(SystemExit):
         tool.main([DETECTOR, 'a model=no_such.pth'])
+
+
+def test_classifiers_are_built_as_their_runner_does(tool):
+    from mmpretrain.structures import DataSample
+
+    cfg = tool.load_config('configs/end_to_end/resnet32_fashion.py')
+    assert tool.whole_model(cfg)['data_preprocessor']['mean'] == [72.94]
+    cfg = tool.load_config(DETECTOR)
+    own = cfg.model.data_preprocessor
+    assert tool.whole_model(cfg)['data_preprocessor'] == own
+    boxes, labels = tool._objects([DataSample().set_gt_label(3)])
+    assert boxes is None and [x.tolist() for x in labels] == [[3]]

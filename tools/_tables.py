@@ -264,7 +264,7 @@ def _claim(entry: dict, by_id: dict[str, dict]) -> str:
     if entry['metrics']:
         name, metric = next(iter(entry['metrics'].items()))
         cells += [
-            f'{name} {format_metric(name, metric)}',
+            f'{name} {format_metric(name, metric)}, {entry["dataset"]}',
             format_metric(name, baseline['metrics'][name]),
         ]
     else:

@@ -332,6 +332,6 @@ def test_claims_stand_beside_their_baselines():
         '| RetinaNet, ResNet-50, one image of 608×972 | MAN | 0.465 |'
     )
     assert step.endswith('|  |  |')
-    assert accuracy.endswith('| PSNR 35.450 ± 0.012 | 35.498 ± 0.028 |')
+    assert accuracy.endswith('| PSNR 35.450 ± 0.012, photographs | 35.498 ± 0.028 |')
     with pytest.raises(TableError, match='there is no nothing'):
         list(claims_table(entries, 'nothing'))

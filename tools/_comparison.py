@@ -90,15 +90,15 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw_comparison(results: Sequence[dict], path: Path) -> None:
-    """Draws the loss of the network itself over the training, and every result.
+    """Draws the network's own loss over the training, every result, and its memory.
 
     Args:
         results: Results of all runs.
         path: PNG file.
     """
     groups, metric = group_results(results), _metrics(results)[0]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, 4.5), layout='constrained', width_ratios=(3, 2)
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(16, 4.5), layout='constrained', width_ratios=(3, 2, 2)
     )
     colours = plt.get_cmap('tab10' if len(groups) <= 10 else 'tab20').colors
     for index, (name, group) in enumerate(groups.items()):
@@ -108,8 +108,11 @@ def draw_comparison(results: Sequence[dict], path: Path) -> None:
         left.plot(step, curves.mean(0), color=colour, label=name)
         left.fill_between(step, curves.min(0), curves.max(0), color=colour, alpha=0.15)
         values = [result['metrics'][metric] for result in group]
-        right.plot(values, [index] * len(values), 'o', color=colour, alpha=0.6)
-        right.plot(statistics.mean(values), index, '|', color=colour, markersize=24)
+        mean, peak = _mean(group, metric), group[0]['peak_bytes'] / MIB
+        middle.plot(values, [index] * len(values), 'o', color=colour, alpha=0.6)
+        middle.plot(mean, index, '|', color=colour, markersize=24)
+        right.plot([peak] * 2, [min(values), max(values)], color=colour)
+        right.plot(peak, mean, 'o', color=colour)
     low, high = np.percentile([r['curves']['loss'] for r in results], (0, 90))
     left.set(
         xlabel='step',
@@ -118,10 +121,13 @@ def draw_comparison(results: Sequence[dict], path: Path) -> None:
         title='mean, least and greatest of the seeds',
     )
     left.legend(fontsize='small', ncols=-(-len(groups) // 10))
-    right.set(xlabel=metric, title='every seed, and the mean')
-    right.set_yticks(range(len(groups)), list(groups))
-    right.invert_yaxis()
-    right.grid(axis='x', alpha=0.3)
+    middle.set(xlabel=metric, title='every seed, and the mean')
+    middle.set_yticks(range(len(groups)), list(groups))
+    middle.invert_yaxis()
+    middle.grid(axis='x', alpha=0.3)
+    right.set(xlabel='peak MiB', ylabel=metric, title='against memory')
+    right.set_xlim(left=0)
+    right.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -148,5 +149,10 @@ def main(args: Sequence[str] | None = None) -> None:
         console.print(options.picture, **_PLAIN)
 
 
+def _end(*_) -> None:
+    sys.exit('Ended, the trainings too. The same command goes on where they were.')
+
+
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, _end)
     main()

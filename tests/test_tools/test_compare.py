@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +185,36 @@ def test_a_stopped_run_goes_on_where_it_was(photos, tmp_path):
     results = [_runs.train(run, 1, lambda done: None) for run in (whole, stopped)]
     assert results[0]['metrics'] == results[1]['metrics']
     assert results[0]['curves'] == results[1]['curves']
+
+
+def test_ended_from_outside_no_training_stays_behind(photos, tmp_path):
+    entry = f'MAN={CONFIG.format("man", "man_")}'
+    command = [sys.executable, 'tools/compare.py', entry, '--seeds', '0']
+    command += ['--out', tmp_path, '--work-dirs', tmp_path]
+    options = ['train_cfg.max_iters=5000']
+    process = subprocess.Popen(
+        [*command, '--cfg-options', *options_for(photos), *options],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not _commands_with(tmp_path / 'man_seed0'):
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.terminate()
+    assert 'goes on where they were' in process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert not _commands_with(tmp_path / 'man_seed0')
+
+
+def _commands_with(path):
+    found = []
+    for file in Path('/proc').glob('[0-9]*/cmdline'):
+        try:
+            if str(path) in file.read_text():
+                found.append(file)
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
+    return found
 
 
 def test_a_failed_run_says_where_its_log_is(photos, tmp_path):

@@ -13,7 +13,14 @@ from man_mm.core import MemoryBank
 
 from .base import AuxHead, AuxSite
 from .blocks import conv_block
-from .man_det import LightDetector, find_levels, model_strides, num_classes
+from .man_det import (
+    CLS_WEIGHT,
+    LightDetector,
+    check_options,
+    find_levels,
+    model_strides,
+    num_classes,
+)
 
 _LAYERS = 3
 
@@ -35,6 +42,7 @@ class DGLDetHead(AuxHead):
         channels: Width. Default: 64.
         num_convs: 3×3 convolutions of the dense head before classes, and again before
             boxes, beside the one that both share. Default: 0.
+        cls_weight: Weight of the loss for classes, as in `MANDetHead`. Default: 0.25.
 
     Raises:
         ValueError: If an option is out of range, or the model is no detector.
@@ -42,13 +50,15 @@ class DGLDetHead(AuxHead):
 
     reads = frozenset()
 
-    def __init__(self, site: AuxSite, channels: int = 64, num_convs: int = 0) -> None:
+    def __init__(
+        self,
+        site: AuxSite,
+        channels: int = 64,
+        num_convs: int = 0,
+        cls_weight: float = CLS_WEIGHT,
+    ) -> None:
         super().__init__()
-        if channels < 1 or num_convs < 0:
-            raise ValueError(
-                'aux_head.channels must be at least 1 and aux_head.num_convs at least '
-                f'0, got {channels} and {num_convs}.'
-            )
+        check_options(channels, num_convs, cls_weight)
         num_classes(site.model)  # refuses what is no detector
         own = site.own[-1]
         self.own = own.name
@@ -62,7 +72,13 @@ class DGLDetHead(AuxHead):
         )
         site = replace(site, own=(replace(own, channels=channels, stride=stride),))
         self.detector = LightDetector(
-            site, channels, num_convs, num_blocks=0, levels='all', use_bank=False
+            site,
+            channels,
+            num_convs,
+            cls_weight,
+            num_blocks=0,
+            levels='all',
+            use_bank=False,
         )
 
     def forward(

@@ -22,6 +22,10 @@ from .pyramid import LocalPyramid
 _FINEST_STRIDE = 8
 _COARSEST_STRIDE = 128
 
+# Cross-entropy of weight 1 is several times the loss of the boxes; what a module then
+# learns is of less use to the model's own head (docs/detection.md).
+CLS_WEIGHT = 0.25
+
 
 @root.MODELS.register_module()
 class MANDetHead(AuxHead):
@@ -41,6 +45,8 @@ class MANDetHead(AuxHead):
         channels: Width of a light head. Default: 64.
         num_convs: 3×3 convolutions of a light head before classes, and again before
             boxes, beside the one that both share. Default: 0.
+        cls_weight: Weight of a light head's loss for classes; that of the boxes' is 2,
+            and 1 for centerness. Default: 0.25.
         num_blocks: 3×3 convolutions of a light SLM for each level coarser than the
             module's output; with 0 there is no SLM, and max pooling makes these
             levels. Default: 1.
@@ -59,6 +65,7 @@ class MANDetHead(AuxHead):
         mode: str = 'light',
         channels: int = 64,
         num_convs: int = 0,
+        cls_weight: float = CLS_WEIGHT,
         num_blocks: int = 1,
         levels: str = 'all',
         use_bank: bool = True,
@@ -72,11 +79,10 @@ class MANDetHead(AuxHead):
                 raise ValueError(
                     f'aux_head.{key} must be one of {known}, got {value!r}.'
                 )
-        if channels < 1 or num_convs < 0 or num_blocks < 0:
+        check_options(channels, num_convs, cls_weight)
+        if num_blocks < 0:
             raise ValueError(
-                'aux_head.channels must be at least 1, aux_head.num_convs and '
-                f'aux_head.num_blocks at least 0, got {channels}, {num_convs} and '
-                f'{num_blocks}.'
+                f'aux_head.num_blocks must be at least 0, got {num_blocks}.'
             )
         if mode == 'faithful' and (num_blocks, levels) != (1, 'all'):
             raise ValueError(
@@ -91,7 +97,7 @@ class MANDetHead(AuxHead):
             names = {name for _, name in self.detector.inputs}
         else:
             self.detector = LightDetector(
-                site, channels, num_convs, num_blocks, levels, use_bank
+                site, channels, num_convs, cls_weight, num_blocks, levels, use_bank
             )
             names = {tap.name for tap in self.detector.pyramid.sources.values()}
         self.reads = frozenset(tap.name for tap in site.earlier) & names
@@ -111,6 +117,7 @@ class LightDetector(nn.Module):
         site: AuxSite,
         channels: int,
         num_convs: int,
+        cls_weight: float,
         num_blocks: int,
         levels: str,
         use_bank: bool,
@@ -137,6 +144,11 @@ class LightDetector(nn.Module):
                     octave_base_scale=anchor_scale(site.model),
                     scales_per_octave=1,
                     strides=self.pyramid.levels,
+                ),
+                loss_cls=dict(
+                    type='CrossEntropyLoss',
+                    use_sigmoid=True,
+                    loss_weight=cls_weight,
                 ),
                 loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
                 train_cfg=dict(
@@ -172,6 +184,19 @@ class LightDetector(nn.Module):
         if grid not in self._shared:
             self._shared[grid] = self._assign(anchors, *args, **kwargs)
         return self._shared[grid]
+
+
+def check_options(channels: int, num_convs: int, cls_weight: float) -> None:
+    """Checks the options of `LightDetector`.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if channels < 1 or num_convs < 0 or cls_weight <= 0:
+        raise ValueError(
+            'aux_head.channels must be at least 1, aux_head.num_convs at least 0 and '
+            f'aux_head.cls_weight above 0, got {channels}, {num_convs}, {cls_weight}.'
+        )
 
 
 def heads_of(model: nn.Module) -> list[nn.Module]:

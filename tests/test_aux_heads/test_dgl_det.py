@@ -92,5 +92,7 @@ def test_local_losses_fall(kind):
 def test_it_refuses_what_it_cannot_train():
     with pytest.raises(ValueError, match='aux_head.channels must be at least 1'):
         build(head=dict(type='DGLDetHead', channels=0))
+    with pytest.raises(ValueError, match='aux_head.cls_weight above 0'):
+        build(head=dict(type='DGLDetHead', cls_weight=0))
     with pytest.raises(ValueError, match='trains detectors of mmdet'):
         build_wrapper(build_classifier(18), aux_head=dict(DGL))

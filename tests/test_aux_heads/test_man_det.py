@@ -76,6 +76,27 @@ def test_cuts_inside_a_stage(kind, mode):
     assert list(wrapper.learner.losses) == ['module1', 'module2']
 
 
+@pytest.mark.parametrize('head', ['MANDetHead', 'DGLDetHead'])
+def test_cls_weight_scales_the_loss_for_classes_alone(kind, head):
+    def first_losses(**options):
+        torch.manual_seed(0)
+        model = build_detector(detector_config(kind, 18))
+        aux_head = dict(type=head, **options)
+        wrapper = build_wrapper(model, bank=head == 'MANDetHead', aux_head=aux_head)
+        seen = {}
+        wrapper.learner.heads[0].register_forward_hook(
+            lambda module, args, terms: seen.update(terms)
+        )
+        model.train_step(batch_of(), wrapper)
+        return {name: sum(terms) for name, terms in seen.items() if 'loss' in name}
+
+    quarter, one = first_losses(), first_losses(cls_weight=1.0)
+    assert set(one) == {'loss_cls', 'loss_bbox', 'loss_centerness'}
+    ratios = {name: (one[name] / quarter[name]).item() for name in one}
+    assert ratios.pop('loss_cls') == pytest.approx(4, rel=1e-6)
+    assert set(ratios.values()) == {1.0}
+
+
 def test_local_losses_fall(kind):
     model = build_detector(detector_config(kind, 18))
     check_local_losses_fall(model, batch_of(), steps=8)
@@ -404,7 +425,7 @@ def test_without_an_slm_coarser_levels_are_pooled():
         (dict(mode='full'), "aux_head.mode must be one of .*got 'full'"),
         (dict(levels='one'), "aux_head.levels must be one of .*got 'one'"),
         (dict(channels=0), 'aux_head.channels must be at least 1'),
-        (dict(num_blocks=-1), 'aux_head.num_blocks at least 0'),
+        (dict(num_blocks=-1), 'aux_head.num_blocks must be at least 0'),
         (dict(mode='faithful', num_blocks=0), 'set aux_head.num_blocks=1'),
         (dict(mode='faithful', levels='own'), "aux_head.levels='all'"),
     ],

@@ -173,8 +173,9 @@ def _rates(folder: Path) -> list[str]:
     rows = []
     for name, row in table.items():
         best = max(row.values())
-        cells = [f'{row[r]:.2f}' if r in row else '' for r in rates]
-        cells = [f'**{x}**' if x == f'{best:.2f}' else x for x in cells]
+        digits = 2 if best > 1 else 3  # percent, or a share of 1
+        cells = [f'{row[r]:.{digits}f}' if r in row else '' for r in rates]
+        cells = [f'**{x}**' if x == f'{best:.{digits}f}' else x for x in cells]
         rows.append(f'| {name} | {" | ".join(cells)} |')
     return _table(f'| rate | {" | ".join(rates)} |', rows)
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from _entries import (
+    DEMO_CONFIG,
     FIELDS,
     RESULTS,
     TASKS,
@@ -43,8 +44,9 @@ def make_entries(
 ) -> dict[Path, dict]:
     """Makes the entries of result files.
 
-    Numbers come from the files. What these do not say is taken from ``words``, else
-    from the entry that is there already, else from the config.
+    Numbers come from the files, and from those that are in the same entry already:
+    other seeds, or the demo's accuracy. What they do not say is taken from ``words``,
+    else from the entry that is there already, else from the config.
 
     Args:
         paths: Result files, or folders of them.
@@ -60,9 +62,12 @@ def make_entries(
         EntryError: If files are missing, or cannot be on the board.
     """
     files = _result_files(paths, root)
+    old = {entry['id']: entry for entry in known.values()}
+    names = {entry_name(path, root) for path in files}
+    partners = sources_of([old[name] for name in names & set(old)], root)
+    files = sorted({*files, *filter(Path.is_file, partners)})
     records = {path: read_raw(path) for path in files}
     groups = _group(records, root)
-    old = {entry['id']: entry for entry in known.values()}
     made = {}
     for name, sources in groups.items():
         before = old.get(name, {})
@@ -139,14 +144,18 @@ def _group(records: dict[Path, dict], root: Path) -> dict[str, list[Path]]:
     for path, record in records.items():
         if path not in demos:
             groups.setdefault(entry_name(path, root), []).append(path)
-        if raw_kind(record) == 'step' and record['scheme'] in ('end-to-end', 'local'):
+        if _is_of_demo(record) and record['scheme'] in ('end-to-end', 'local'):
             groups[entry_name(path, root)] += demos
     if demos and not any(set(demos) <= set(group) for group in groups.values()):
         raise EntryError(
             f'{demos[0]} has accuracy only: add it together with the folder that '
-            'tools/benchmark.py wrote for configs/man/retinanet_r18_man_demo.py.'
+            f'tools/benchmark.py wrote for {DEMO_CONFIG}.'
         )
     return groups
+
+
+def _is_of_demo(record: dict) -> bool:
+    return raw_kind(record) == 'step' and record['config'] == DEMO_CONFIG
 
 
 def entry_name(path: Path, root: Path) -> str:

@@ -42,6 +42,7 @@ _COSTS = {
     'time': lambda entry: (entry.get('step_seconds') or {}).get('median'),
     'flops': lambda entry: entry.get('flops'),
 }
+DEMO_CONFIG = 'configs/man/retinanet_r18_man_demo.py'  # trained by tools/demo.py
 _SCHEME_OF_DEMO = {'local': 'local learning'}
 
 
@@ -189,6 +190,8 @@ def _provenance(record: dict) -> dict:
 
 
 def _metrics_of_demo(records: Sequence[dict], step: dict) -> dict:
+    if records and step['config'] != DEMO_CONFIG:
+        raise EntryError(f'tools/demo.py trains {DEMO_CONFIG}, not {step["config"]}')
     name = _SCHEME_OF_DEMO.get(step['scheme'], step['scheme'])
     rows = {record['seed']: record['results'].get(name) for record in records}
     if not all(rows.values()):

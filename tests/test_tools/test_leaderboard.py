@@ -14,7 +14,13 @@ sys.path.insert(0, 'tools')
 import leaderboard
 from _adding import make_entries
 from _charts import nice_ticks
-from _entries import EntryError, compare_with_baseline, derive, read_entries
+from _entries import (
+    DEMO_CONFIG,
+    EntryError,
+    compare_with_baseline,
+    derive,
+    read_entries,
+)
 from _runs import slug
 from _site import make_rows
 from _tables import TableError, claims_table, entry_table, update_metafile
@@ -281,6 +287,30 @@ def test_times_that_are_not_used_stay_unused(root):
     leaderboard.add([], root)
     assert load(LOCAL)['step_seconds'] is None
     assert leaderboard.validate(root) == []
+
+
+def test_adding_a_part_keeps_the_other_sources_of_an_entry(root, request):
+    demo, seeds = DEMO_CONFIG.split('/')[-1][:-3], range(3)
+    digits = [RESULTS / f'digits_seed{seed}.json' for seed in seeds]
+    names = [*digits, *RESULTS.glob(f'training/{RUNS}/*.json')]
+    step = RESULTS / f'{demo}_96x96_b16'
+    shutil.copytree(request.config.rootpath / step, step)
+    for path in digits:
+        shutil.copy(request.config.rootpath / path, path)
+    made = leaderboard.add([step, *digits], root)
+    local = RESULTS / f'detection/{step.name}-local.json'
+    assert local in made and load(local)['metrics']['mAP']['seeds'] == list(seeds)
+
+    before = {path: path.read_text() for path in read_entries(root)}
+    for part in ([step], [names[-1]], [RESULTS / STEP], []):
+        leaderboard.add(part, root)
+        after = {path: path.read_text() for path in read_entries(root)}
+        assert after == before, part
+
+    sources = [f'{STEP}/local.json', *(path.name for path in digits)]
+    edit(LOCAL, sources=sources)
+    (error,) = leaderboard.validate(root)
+    assert f'tools/demo.py trains {DEMO_CONFIG}, not' in error
 
 
 def test_sources_of_different_entries_do_not_mix():

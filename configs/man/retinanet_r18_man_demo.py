@@ -4,9 +4,7 @@ optim_wrapper = dict(
     type='LocalLearningOptimWrapper',
     constructor='LocalLearningOptimWrapperConstructor',
     local_learning=dict(
-        partition=dict(type='StagePartition'),
-        # Digits are easily found and hard to tell apart: more weight on classes.
-        aux_head=dict(type='MANHead', cls_weight=1.0),
+        partition=dict(type='StagePartition'), aux_head=dict(type='MANHead')
     ),
 )
 default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))

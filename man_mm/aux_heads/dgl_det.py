@@ -14,7 +14,6 @@ from man_mm.core import MemoryBank
 from .base import AuxHead, AuxSite
 from .blocks import conv_block
 from .man_det import (
-    CLS_WEIGHT,
     LightDetector,
     check_options,
     find_levels,
@@ -42,7 +41,7 @@ class DGLDetHead(AuxHead):
         channels: Width. Default: 64.
         num_convs: 3×3 convolutions of the dense head before classes, and again before
             boxes, beside the one that both share. Default: 0.
-        cls_weight: Weight of the loss for classes, as in `MANDetHead`. Default: 0.25.
+        cls_weight: Weight of the loss for classes, as in `MANDetHead`. Default: 1.0.
 
     Raises:
         ValueError: If an option is out of range, or the model is no detector.
@@ -55,7 +54,7 @@ class DGLDetHead(AuxHead):
         site: AuxSite,
         channels: int = 64,
         num_convs: int = 0,
-        cls_weight: float = CLS_WEIGHT,
+        cls_weight: float = 1.0,
     ) -> None:
         super().__init__()
         check_options(channels, num_convs, cls_weight)

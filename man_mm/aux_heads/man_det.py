@@ -22,10 +22,6 @@ from .pyramid import LocalPyramid
 _FINEST_STRIDE = 8
 _COARSEST_STRIDE = 128
 
-# Cross-entropy of weight 1 is several times the loss of the boxes; what a module then
-# learns is of less use to the model's own head (docs/detection.md).
-CLS_WEIGHT = 0.25
-
 
 @root.MODELS.register_module()
 class MANDetHead(AuxHead):
@@ -46,7 +42,8 @@ class MANDetHead(AuxHead):
         num_convs: 3×3 convolutions of a light head before classes, and again before
             boxes, beside the one that both share. Default: 0.
         cls_weight: Weight of a light head's loss for classes; that of the boxes' is 2,
-            and 1 for centerness. Default: 0.25.
+            and 1 for centerness. From scratch, 0.25 can do better (docs/detection.md).
+            Default: 1.0.
         num_blocks: 3×3 convolutions of a light SLM for each level coarser than the
             module's output; with 0 there is no SLM, and max pooling makes these
             levels. Default: 1.
@@ -65,7 +62,7 @@ class MANDetHead(AuxHead):
         mode: str = 'light',
         channels: int = 64,
         num_convs: int = 0,
-        cls_weight: float = CLS_WEIGHT,
+        cls_weight: float = 1.0,
         num_blocks: int = 1,
         levels: str = 'all',
         use_bank: bool = True,

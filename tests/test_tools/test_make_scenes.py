@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmengine.registry import init_default_scope
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -93,14 +94,15 @@ def test_splits_share_no_item_and_no_photograph(items, made):
 def test_mmdet_reads_boxes_and_masks(made):
     from mmdet.datasets import CocoDataset
 
+    init_default_scope('mmdet')
     dataset = CocoDataset(
         data_root=str(made),
         ann_file='annotations/instances_train.json',
         data_prefix=dict(img='train/'),
         metainfo=dict(classes=tool.CLASSES),
         pipeline=[
-            dict(type='mmdet.LoadImageFromFile'),
-            dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
         ],
     )
     assert len(dataset) == SMALL['num_train']

@@ -1,6 +1,6 @@
 """man_mm: supervised local learning for OpenMMLab."""
 
-from .aux_heads import (
+from man_mm.aux_heads import (
     AugLocalHead,
     AuxHead,
     AuxSite,
@@ -14,9 +14,8 @@ from .aux_heads import (
     MomentumHead,
     PredSimHead,
 )
-from .backbones import CIFARResNet
-from .core import (
-    BalancedPartition,
+from man_mm.backbones import CIFARResNet
+from man_mm.core import (
     CutPartition,
     LocalLearner,
     LocalModule,
@@ -26,18 +25,19 @@ from .core import (
     Unit,
     split,
 )
-from .datasets import STL10, SVHN
-from .engine import (
+from man_mm.datasets import STL10, SVHN
+from man_mm.engine import (
     AmpLocalLearningOptimWrapper,
     LocalLearningOptimWrapper,
     LocalLearningOptimWrapperConstructor,
     MemoryBankHook,
-    ResumeHook,
-    SafeCheckpointHook,
     ShardedModel,
     build_learner,
 )
-from .version import __version__
+from man_mm.version import __version__
+
+from .interruptions import ResumeHook, SafeCheckpointHook
+from .measure import BalancedPartition
 
 __all__ = [
     'AmpLocalLearningOptimWrapper',

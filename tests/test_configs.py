@@ -11,8 +11,8 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 
-from man_mm.engine.batches import synthetic_batch
 from man_mm.engine.checks import check_start
+from man_mm.measure.synthetic_batch import synthetic_batch
 
 END_TO_END = sorted(Path('configs/end_to_end').glob('*.py'))
 CONFIGS = sorted(set(Path('configs').glob('[!_]*/*.py')) - set(END_TO_END))

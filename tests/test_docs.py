@@ -10,13 +10,13 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from _documents import DOCUMENTS, NOTEBOOK, PAGES, blocks
+from documents import DOCUMENTS, NOTEBOOK, PAGES, blocks
 from mmengine import registry as root
 from mmengine.config import Config
 from torch import distributed as dist
 
 from man_mm import LocalLearningOptimWrapperConstructor
-from man_mm.core import ModulePipeline
+from man_mm.parallel import ModulePipeline
 
 matplotlib.use('Agg')
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from _documents import DOCUMENTS, blocks
+from documents import DOCUMENTS, blocks
 from mmengine import registry as root
 from mmengine.config import Config
 

@@ -196,7 +196,7 @@ def test_blocker_blocks():
 @pytest.mark.parametrize('package', ['diffusers', 'mmagic'])
 def test_an_mmagic_that_cannot_be_imported_is_explained(package):
     code = BLOCK_IMPORTS.format(blocked=(package,))
-    code += 'try:\n    import man_mm.engine.mmagic\n'
+    code += 'try:\n    import man_mm.backbones.mmagic_models\n'
     code += 'except RuntimeError as error:\n    print(error)\n'
     (message,) = run_python('-W', 'ignore', '-c', code).splitlines()[-1:]
     assert f"because of the package '{package}'" in message

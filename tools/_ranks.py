@@ -21,11 +21,12 @@ from benchmark import load_config
 from torch import Tensor, nn
 
 from man_mm.backbones import find_backbone, find_units
-from man_mm.core import LocalLearner, LocalModule, MemoryBank, ModulePipeline
-from man_mm.core.channel import Channel
-from man_mm.core.memory import tensor_bytes
+from man_mm.core import LocalLearner, LocalModule, MemoryBank
 from man_mm.core.partition import ends_of_stages
-from man_mm.engine.batches import synthetic_batch
+from man_mm.core.storages import tensor_bytes
+from man_mm.measure.synthetic_batch import synthetic_batch
+from man_mm.parallel import ModulePipeline
+from man_mm.parallel.channel import Channel
 
 _WARM = 2  # batches until the pipeline is full
 _BIG = 2**24  # bytes

@@ -25,7 +25,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from man_mm.core.memory import measure_memory
+from man_mm.measure.memory import measure_memory
 
 _NO_METRICS = {'data_time', 'time', 'step', 'epoch', 'iter', 'memory'}
 _POINTS = 100  # of a stored curve

@@ -58,9 +58,9 @@ from torch import Tensor
 
 from man_mm.backbones import find_backbone, find_units, image_channels
 from man_mm.core import Unit
-from man_mm.core.flops import count_flops
-from man_mm.core.memory import measure_memory
-from man_mm.engine.batches import synthetic_batch
+from man_mm.measure.flops import count_flops
+from man_mm.measure.memory import measure_memory
+from man_mm.measure.synthetic_batch import synthetic_batch
 
 _PLAIN = dict(highlight=False, markup=False)
 

@@ -27,8 +27,8 @@ from _schemes import parse_scheme, scheme_config
 from benchmark import load_config
 
 from man_mm.core import LocalModule
-from man_mm.core.memory import measure_memory
-from man_mm.engine.batches import synthetic_batch
+from man_mm.measure.memory import measure_memory
+from man_mm.measure.synthetic_batch import synthetic_batch
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -25,8 +25,9 @@ from mmengine.model import MMDistributedDataParallel
 from torch import nn
 
 from man_mm import ShardedModel
-from man_mm.core.memory import measure_memory, tensor_bytes
-from man_mm.engine.batches import synthetic_batch
+from man_mm.core.storages import tensor_bytes
+from man_mm.measure.memory import measure_memory
+from man_mm.measure.synthetic_batch import synthetic_batch
 
 RESULTS = Path('benchmarks/results/sharding')
 

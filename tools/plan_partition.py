@@ -31,13 +31,14 @@ from torch import nn
 from man_mm import BalancedPartition, LocalLearningOptimWrapperConstructor
 from man_mm.aux_heads.classifier import is_classifier
 from man_mm.backbones import find_backbone, image_channels
-from man_mm.core.costs import measure_modules
-from man_mm.core.peaks import KINDS, Plan, PlannedModule, predict
-from man_mm.core.plan import Measure, plan_modules
+from man_mm.core.partition import Measure
 from man_mm.engine import build_learner
-from man_mm.engine.batches import synthetic_batch
 from man_mm.engine.constructor import LEARNER_OPTIONS
-from man_mm.engine.planning import measure_units
+from man_mm.measure.model_costs import measure_units
+from man_mm.measure.peaks import KINDS, Plan, PlannedModule, predict
+from man_mm.measure.planner import plan_modules
+from man_mm.measure.synthetic_batch import synthetic_batch
+from man_mm.measure.unit_costs import measure_modules
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

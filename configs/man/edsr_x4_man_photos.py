@@ -2,7 +2,7 @@ _base_ = '../end_to_end/edsr_x4_photos.py'
 experiment_name = 'edsr_x4_man_photos'
 work_dir = f'./work_dirs/{experiment_name}'
 custom_imports = dict(
-    imports=['man_mm', 'man_mm.engine.mmagic'], allow_failed_imports=False
+    imports=['man_mm', 'man_mm.backbones.mmagic_models'], allow_failed_imports=False
 )
 optim_wrapper = dict(
     type='LocalLearningOptimWrapper',

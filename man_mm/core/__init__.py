@@ -10,16 +10,12 @@ from .partition import (
     Unit,
     split,
 )
-from .pipeline import ModulePipeline
-from .plan import BalancedPartition
 
 __all__ = [
-    'BalancedPartition',
     'CutPartition',
     'LocalLearner',
     'LocalModule',
     'MemoryBank',
-    'ModulePipeline',
     'StagePartition',
     'UniformPartition',
     'Unit',

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import tensor_bytes
+from .storages import tensor_bytes
 
 
 class MemoryBank(Mapping[str, Tensor]):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .plan import Measure
+# Measures what each unit costs for images of a shape; see `man_mm.measure`.
+Measure = Callable[..., list[Any]]
 
 
 @dataclass(frozen=True)

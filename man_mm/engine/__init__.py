@@ -2,20 +2,14 @@
 
 from mmengine import registry as root
 
-from man_mm.core import (
-    BalancedPartition,
-    CutPartition,
-    StagePartition,
-    UniformPartition,
-)
+from man_mm.core import CutPartition, StagePartition, UniformPartition
+from man_mm.measure import BalancedPartition
 
 from . import compat
 from .amp import AmpLocalLearningOptimWrapper
 from .constructor import LocalLearningOptimWrapperConstructor, build_learner
 from .hooks import MemoryBankHook
 from .optim_wrapper import LocalLearningOptimWrapper
-from .resume import ResumeHook
-from .saving import SafeCheckpointHook
 from .sharded_model import ShardedModel
 
 for _partition in (StagePartition, UniformPartition, CutPartition, BalancedPartition):
@@ -28,8 +22,6 @@ __all__ = [
     'LocalLearningOptimWrapper',
     'LocalLearningOptimWrapperConstructor',
     'MemoryBankHook',
-    'ResumeHook',
-    'SafeCheckpointHook',
     'ShardedModel',
     'build_learner',
 ]

@@ -17,7 +17,8 @@ from torch import nn
 from man_mm.aux_heads import find_sites
 from man_mm.backbones import find_units, probe
 from man_mm.core import LocalLearner, split
-from man_mm.core.plan import Measure
+from man_mm.core.partition import Measure
+from man_mm.measure.model_costs import measure_units
 
 from .checks import (
     AMP_WRAPPER,
@@ -26,10 +27,9 @@ from .checks import (
     check_wrapper_type,
 )
 from .distributed import broadcast_module
+from .memory_patches import fold_patches, loss_patches, recompute_patches
 from .optim_wrapper import LocalLearningOptimWrapper
 from .options import check_paramwise, complete_options
-from .planning import measure_units
-from .savings import fold_patches, loss_patches, recompute_patches
 
 LEARNER_OPTIONS = (
     'partition',

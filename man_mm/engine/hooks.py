@@ -10,10 +10,10 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
 from man_mm.core import MemoryBank
+from man_mm.interruptions.resume_hook import ResumeHook
 
 from .checks import check_wrapper_type
 from .distributed import average_tensors
-from .resume import ResumeHook
 
 
 @root.HOOKS.register_module()

@@ -52,7 +52,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             ``'global'`` to all together, which needs ``update='iteration'``.
             Default: ``'module'``.
         measure: Measures what units cost for images of a shape, to tell where memory
-            ran out; see `man_mm.engine.planning.measure_units`. Default: None.
+            ran out; see `man_mm.measure.model_costs.measure_units`. Default: None.
         **kwargs: ``accumulative_counts`` and ``clip_grad`` of ``OptimWrapper``.
 
     Raises:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from man_mm.core import LocalLearner, LocalModule
-from man_mm.core.peaks import predict
-from man_mm.core.plan import Measure, format_bytes
+from man_mm.core.partition import Measure
+from man_mm.measure.peaks import predict
+from man_mm.measure.planner import format_bytes
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from man_mm import MemoryBank
 from man_mm.aux_heads.man_cls import MANClsHead, PooledSLM
-from man_mm.core.memory import tensor_bytes
+from man_mm.core.storages import tensor_bytes
 
 SMOOTH = dict(loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1))
 SOFT = dict(loss=dict(type='CrossEntropyLoss', use_soft=True))

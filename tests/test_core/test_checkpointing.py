@@ -6,8 +6,8 @@ from networks import all_params, build, equal, train_step
 from torch import nn
 
 from man_mm.core.checkpointing import recomputed
-from man_mm.core.memory import measure_memory
 from man_mm.core.patches import patched
+from man_mm.measure.memory import measure_memory
 
 
 def block():

@@ -8,8 +8,8 @@ import torchvision
 from torch import nn
 
 from man_mm.core.conv_bn import fold_norms
-from man_mm.core.memory import measure_memory
 from man_mm.core.patches import patched
+from man_mm.measure.memory import measure_memory
 
 CONVS = {
     'plain': nn.Conv2d(4, 6, 3, bias=False),

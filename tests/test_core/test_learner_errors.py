@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import man_mm.core.learner as learner_file
 from man_mm.core import LocalLearner, MemoryBank, Unit, split
-from man_mm.core.memory import measure_memory
+from man_mm.measure.memory import measure_memory
 
 torch.set_num_threads(1)
 

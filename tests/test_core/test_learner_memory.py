@@ -19,7 +19,8 @@ from networks import (
 from torch import nn
 
 from man_mm.core import MemoryBank
-from man_mm.core.memory import measure_memory, tensor_bytes
+from man_mm.core.storages import tensor_bytes
+from man_mm.measure.memory import measure_memory
 
 torch.set_num_threads(1)
 

@@ -19,8 +19,8 @@ from networks import (
 from torch import nn
 
 from man_mm.core import LocalLearner, MemoryBank, StagePartition, Unit, split
-from man_mm.core.memory import measure_memory
 from man_mm.core.micro_batches import slice_batch, slices_of
+from man_mm.measure.memory import measure_memory
 
 IMAGES = torch.randn(4, 2, 8, 8, dtype=torch.float64)
 

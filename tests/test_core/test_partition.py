@@ -9,13 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from man_mm.core import (
-    CutPartition,
-    StagePartition,
-    UniformPartition,
-    Unit,
-    split,
-)
+from man_mm.core import CutPartition, StagePartition, UniformPartition, Unit, split
 from man_mm.core.partition import branches, outlets
 
 torch.set_num_threads(1)

@@ -9,7 +9,8 @@ from mmengine.optim import build_optim_wrapper
 from torch.utils.flop_counter import FlopCounterMode
 
 from man_mm.core import LocalLearner
-from man_mm.core.memory import measure_memory, tensor_bytes
+from man_mm.core.storages import tensor_bytes
+from man_mm.measure.memory import measure_memory
 
 
 def train(model, wrapper, steps=2, seed=1):

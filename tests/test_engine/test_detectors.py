@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import MMDET
 
 import man_mm
-from man_mm.engine.batches import synthetic_batch
 from man_mm.engine.checks import check_start
+from man_mm.measure.synthetic_batch import synthetic_batch
 
 DOCUMENT = Path(__file__).parents[2] / 'docs/detectors.md'
 START, END = '<!-- table -->', '<!-- end of table -->'

@@ -13,7 +13,7 @@ from short_runs import build_runner, different, last_checkpoint, train
 from test_distributed import in_processes, same, share, state
 
 import man_mm
-from man_mm.core.memory import tensor_bytes
+from man_mm.core.storages import tensor_bytes
 from man_mm.engine import sharding
 from man_mm.engine.checks import check_model_wrapper, check_wrapper_type
 

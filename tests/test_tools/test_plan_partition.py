@@ -11,8 +11,8 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS
 
-from man_mm.core.peaks import PlannedModule
-from man_mm.engine.batches import synthetic_batch
+from man_mm.measure.peaks import PlannedModule
+from man_mm.measure.synthetic_batch import synthetic_batch
 
 DEMO = 'configs/man/retinanet_r18_man_demo.py'
 GREY = 'configs/man/resnet32_k4_man_fashion.py'  # images of one channel

@@ -21,12 +21,12 @@ from mmengine.config import Config
 from man_mm.aux_heads import AuxHead
 from man_mm.backbones import find_units
 from man_mm.core import LocalLearner, MemoryBank, split
-from man_mm.core.costs import measure_modules
-from man_mm.core.peaks import predict
-from man_mm.core.plan import plan_modules
 from man_mm.engine import build_learner
-from man_mm.engine.batches import synthetic_batch
-from man_mm.engine.planning import measure_units
+from man_mm.measure.model_costs import measure_units
+from man_mm.measure.peaks import predict
+from man_mm.measure.planner import plan_modules
+from man_mm.measure.synthetic_batch import synthetic_batch
+from man_mm.measure.unit_costs import measure_modules
 
 torch.set_num_threads(1)
 

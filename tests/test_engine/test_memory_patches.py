@@ -16,8 +16,8 @@ from mmengine.logging import MMLogger
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from mmengine.registry import init_default_scope
 
-import man_mm.engine.savings as savings
-from man_mm.core.memory import measure_memory
+import man_mm.engine.memory_patches as savings
+from man_mm.measure.memory import measure_memory
 
 PLAIN = dict(efficient_conv_bn_eval=False)
 

@@ -6,7 +6,7 @@ from test_memory_split import spike, split
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from man_mm.core.memory import tensor_bytes
+from man_mm.core.storages import tensor_bytes
 
 torch.set_num_threads(1)
 

@@ -18,12 +18,14 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from .checkpointing import top_saved_tensors_hooks
+from man_mm.core.checkpointing import top_saved_tensors_hooks
+from man_mm.core.storages import find_storages
+
 from .memory_regions import OTHER, Groups, Regions
 
 if TYPE_CHECKING:
-    from .learner import LocalLearner
-    from .partition import LocalModule
+    from man_mm.core.learner import LocalLearner
+    from man_mm.core.partition import LocalModule
 
 KINDS = (
     'optimizer state',
@@ -283,30 +285,6 @@ def _unpack(packed: _Packed) -> Tensor:
             f'{packed.version} instead.'
         )
     return packed.tensor
-
-
-def find_storages(obj: object) -> list[torch.UntypedStorage]:
-    """Storages in ``obj``, which is anything that `tensor_bytes` takes.
-
-    Args:
-        obj: Tensors, modules, optimizers, and containers of these.
-    """
-    found, todo = [], [obj]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, Tensor):
-            found.append(item.untyped_storage())
-        elif isinstance(item, (list, tuple, set)):
-            todo.extend(item)
-        elif isinstance(item, dict):
-            todo.extend(item.values())
-        elif isinstance(item, torch.UntypedStorage):
-            found.append(item)
-        elif isinstance(item, nn.Module):
-            todo += [*item.parameters(), *item.buffers()]
-        elif isinstance(item, torch.optim.Optimizer):
-            todo.append(item.state)
-    return found
 
 
 def learner_groups(learner: LocalLearner) -> dict[str, list[nn.Module]]:

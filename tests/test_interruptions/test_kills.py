@@ -18,8 +18,8 @@ CALLS = 14  # of the file system that write two checkpoints
 def server():
     """Forks from a process that has imported everything."""
     context = multiprocessing.get_context('forkserver')
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent), os.getcwd()])
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(tests / 'helpers'), str(tests), os.getcwd()])
     with pytest.MonkeyPatch.context() as patch:
         old = os.environ.get('PYTHONPATH', '')
         patch.setenv('PYTHONPATH', paths + os.pathsep + old)

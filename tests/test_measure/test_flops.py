@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from man_mm.core.flops import count_flops
+from man_mm.measure.flops import count_flops
 
 
 @pytest.mark.parametrize(('needs_grad', 'passes'), [(False, 2), (True, 3)])

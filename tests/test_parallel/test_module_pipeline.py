@@ -23,8 +23,9 @@ from networks import (
 )
 from torch import nn
 
-from man_mm.core import MemoryBank, ModulePipeline
-from man_mm.core.channel import Channel
+from man_mm.core import MemoryBank
+from man_mm.parallel import ModulePipeline
+from man_mm.parallel.channel import Channel
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,8 @@ from conftest import LOCAL_LEARNING
 from mmengine.hooks import Hook
 from short_runs import build_runner, differences, different, last_checkpoint, train
 
-from man_mm.engine import random_state, resume
-from man_mm.engine.plain_data import from_plain_data
+from man_mm.interruptions import random_state, resume_hook
+from man_mm.interruptions.plain_data import from_plain_data
 
 EPOCHS = dict(epochs=3)  # of three iterations
 ITERS = dict(iters=6)
@@ -67,9 +67,9 @@ def _forget(self, runner, checkpoint):
 @pytest.mark.parametrize(
     'run, owner, name, value',
     [
-        ('epochs', resume.ResumeHook, 'after_load_checkpoint', _forget),
-        ('epochs', resume, '_skip', lambda loop, batches, state: None),
-        ('epochs-workers', resume, 'restart_workers', lambda loader, epoch: None),
+        ('epochs', resume_hook.ResumeHook, 'after_load_checkpoint', _forget),
+        ('epochs', resume_hook, '_skip', lambda loop, batches, state: None),
+        ('epochs-workers', resume_hook, 'restart_workers', lambda loader, epoch: None),
     ],
 )
 def test_controls(run, owner, name, value, whole, tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_validation_that_was_cut_off_is_repeated(run, tmp_path, monkeypatch):
         hooks = [dict(type='EMAHook'), DieInValidation()]
         train(work_dir, custom_hooks=hooks, **run)
         if control:
-            monkeypatch.setattr(resume, '_is_validation_due', lambda *args: False)
+            monkeypatch.setattr(resume_hook, '_is_validation_due', lambda *args: False)
         resumed = train(work_dir, **run)
         # The scheduler waits for the metric, which is known from validation only.
         different = differences(whole, resumed)
@@ -107,7 +107,9 @@ def test_a_validation_that_was_cut_off_is_repeated(run, tmp_path, monkeypatch):
 def test_a_finished_run_is_not_validated_again(tmp_path, monkeypatch):
     whole = train(tmp_path, **ITERS)
     monkeypatch.setattr(
-        resume, 'set_random_state', lambda state: pytest.fail('nothing is left to do')
+        resume_hook,
+        'set_random_state',
+        lambda state: pytest.fail('nothing is left to do'),
     )
     assert differences(whole, train(tmp_path, **ITERS)) == []
 
@@ -167,7 +169,7 @@ def rank(index, port, folder):
     train(Path(folder, 'whole'), **run)
     for name in ('stopped', 'control'):
         if name == 'control':  # rank 0's state alone is saved
-            resume.ResumeHook.gather_state = lambda self, runner: None
+            resume_hook.ResumeHook.gather_state = lambda self, runner: None
         train(Path(folder, name), stop=3, **run)
         train(Path(folder, name), **run)
     torch.distributed.destroy_process_group()

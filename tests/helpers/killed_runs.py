@@ -10,8 +10,8 @@ import torch
 from mmengine.hooks import Hook
 from short_runs import build_runner, train
 
-from man_mm.engine import resume
-from man_mm.engine.plain_data import from_plain_data
+from man_mm.interruptions import resume_hook
+from man_mm.interruptions.plain_data import from_plain_data
 
 torch.set_num_threads(1)
 with TemporaryDirectory() as _folder:  # a first run imports much
@@ -58,7 +58,7 @@ def attempt(pipe, work_dir, call=None, restore=True, **kwargs):
         def forget(self, runner, checkpoint):
             from_plain_data(checkpoint)
 
-        resume.ResumeHook.after_load_checkpoint = forget
+        resume_hook.ResumeHook.after_load_checkpoint = forget
     runner = build_runner(work_dir, **kwargs)
     runner.register_hook(ReportHook(pipe))
     if call is not None:

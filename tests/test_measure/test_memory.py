@@ -10,8 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from man_mm.core import memory
-from man_mm.core.memory import measure_memory, tensor_bytes
+from man_mm.core.storages import tensor_bytes
+from man_mm.measure import memory
+from man_mm.measure.memory import measure_memory
 
 KB = 4000  # bytes of torch.empty(1000)
 
@@ -116,7 +117,7 @@ def test_agrees_with_the_profiler(name, monkeypatch):
     if name == 'branches':
         monkeypatch.setattr(memory, '_engine_sums', lambda func: False)
     else:
-        release = 'man_mm.core.memory._StorageTracker._release'
+        release = 'man_mm.measure.memory._StorageTracker._release'
         monkeypatch.setattr(release, lambda *args: None)
     wrong = measure_memory(step).peak
     assert wrong != pytest.approx(profiled_peak(step), rel=0.02)

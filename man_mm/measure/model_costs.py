@@ -16,11 +16,11 @@ from torch import nn
 
 from man_mm.backbones import find_units
 from man_mm.core import LocalLearner, MemoryBank
-from man_mm.core.costs import measure_costs
 from man_mm.core.learner import Backward
-from man_mm.core.peaks import UnitCost
 
-from .batches import synthetic_batch
+from .peaks import UnitCost
+from .synthetic_batch import synthetic_batch
+from .unit_costs import measure_costs
 
 
 def measure_units(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from short_runs import build_runner, differences, last_checkpoint, train
 
-from man_mm.engine import resume
-from man_mm.engine.checkpoints import CheckpointError, choose_checkpoint
+from man_mm.interruptions import resume_hook
+from man_mm.interruptions.checkpoints import CheckpointError, choose_checkpoint
 
 ITERS = 3
 
@@ -253,7 +253,7 @@ def test_a_run_falls_back_and_loses_nothing(whole, work_dir, monkeypatch):
     assert differences(last_checkpoint(whole), train(work_dir, iters=ITERS)) == []
     cut(work_dir / 'iter_3.pth')
     with monkeypatch.context() as patch:
-        patch.setattr(resume, 'choose_checkpoint', lambda runner: None)
+        patch.setattr(resume_hook, 'choose_checkpoint', lambda runner: None)
         with pytest.raises(
             (RuntimeError, OSError)
         ):  # the control: mmengine alone gives up

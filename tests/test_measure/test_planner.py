@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from man_mm.core import BalancedPartition
-from man_mm.core.peaks import UnitCost, predict
-from man_mm.core.plan import parse_bytes, plan_budget, plan_modules
+from man_mm.measure import BalancedPartition
+from man_mm.measure.peaks import UnitCost, predict
+from man_mm.measure.planner import parse_bytes, plan_budget, plan_modules
 
 FIELDS = 'held forward saved head head_grads backward grads output kept'.split()
 SHAPE = (2, 3, 800, 1333)

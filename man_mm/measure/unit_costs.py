@@ -13,12 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpointing import require_grad
-from .learner import Backward, LocalLearner
-from .memory import _StorageTracker, tensor_bytes
+from man_mm.core.checkpointing import require_grad
+from man_mm.core.learner import Backward, LocalLearner
+from man_mm.core.partition import LocalModule, ends_of_stages, outlets
+from man_mm.core.patches import Forward
+from man_mm.core.storages import tensor_bytes
+
+from .memory import _StorageTracker
 from .memory_split import MemorySplit
-from .partition import LocalModule, ends_of_stages, outlets
-from .patches import Forward
 from .peaks import UnitCost
 
 
@@ -30,7 +32,7 @@ def measure_costs(
     """Runs one training step without an update, cut after every unit.
 
     Such a step needs no more memory than the largest unit. What a module of several
-    units needs follows by adding up; see `man_mm.core.peaks.predict`.
+    units needs follows by adding up; see `man_mm.measure.peaks.predict`.
 
     Args:
         learner: A learner that is cut after every unit. Its weights stay as they are,

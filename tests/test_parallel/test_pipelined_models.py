@@ -14,8 +14,9 @@ from conftest import (
     labelled_images,
 )
 
-from man_mm.core import MemoryBank, ModulePipeline
+from man_mm.core import MemoryBank
 from man_mm.engine.constructor import build_learner
+from man_mm.parallel import ModulePipeline
 
 STEPS = 3
 

@@ -7,10 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from .partition import Unit
-from .peaks import Plan, UnitCost, bytes_at_peak, predict
+from man_mm.core.partition import Measure, Unit
 
-Measure = Callable[..., list[UnitCost]]
+from .peaks import Plan, UnitCost, bytes_at_peak, predict
 
 _SUFFIXES = {'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**30}
 

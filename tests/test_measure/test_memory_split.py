@@ -20,8 +20,10 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
-from man_mm.core import LocalLearner, MemoryBank, memory_split
-from man_mm.core.memory import measure_memory, tensor_bytes
+from man_mm.core import LocalLearner, MemoryBank
+from man_mm.core.storages import tensor_bytes
+from man_mm.measure import memory_split
+from man_mm.measure.memory import measure_memory
 
 torch.set_num_threads(1)
 
@@ -150,7 +152,7 @@ def test_a_split_that_misses_a_kind_is_found(broken, monkeypatch):
     if broken == '_SAVED':
         monkeypatch.setattr(memory_split, '_SAVED', memory_split._BANKED)
     else:
-        monkeypatch.setattr('man_mm.core.memory_regions._ACCUMULATE', 'other node')
+        monkeypatch.setattr('man_mm.measure.memory_regions._ACCUMULATE', 'other node')
     with pytest.raises(AssertionError):
         check_linear()
 

@@ -12,10 +12,12 @@ import torch
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .memory_split import Groups, MemorySplit, find_storages
+from man_mm.core.storages import find_storages
+
+from .memory_split import Groups, MemorySplit
 
 if TYPE_CHECKING:
-    from .learner import LocalLearner
+    from man_mm.core.learner import LocalLearner
 
 _ADD = torch.ops.aten.add.Tensor
 # `torch.tensor` shows its new storage first as the argument of this op.
@@ -45,7 +47,7 @@ def measure_memory(
     ``UntypedStorage.resize_`` is noticed by the next op on that storage.
 
     The bytes at the peak are split by kind and by module; see
-    `man_mm.core.memory_split.MemorySplit` for the rules.
+    `man_mm.measure.memory_split.MemorySplit` for the rules.
 
     Args:
         fn: Called without arguments; its result is dropped.
@@ -83,23 +85,6 @@ def measure_memory(
     cuda = {name: stop[name] - start[name] for name in start}
     kinds, modules = labels.result() if split else ({}, {})
     return MemoryReport(tracker.peak, end, kinds=kinds, modules=modules, **cuda)
-
-
-def tensor_bytes(obj: object) -> int:
-    """Return the bytes of the distinct storages in ``obj``.
-
-    Args:
-        obj: A tensor, a module (its parameters and buffers), an optimizer (its
-            state), or lists, tuples, sets and dicts of these, nested at will.
-            Anything else counts nothing.
-
-    Returns:
-        Bytes; a storage counts whole and once, however many tensors share it.
-
-    Raises:
-        NotImplementedError: If ``obj`` holds a sparse tensor.
-    """
-    return sum({s._cdata: s.nbytes() for s in find_storages(obj)}.values())
 
 
 def _cuda_bytes(device: torch.device, which: str) -> dict[str, int]:

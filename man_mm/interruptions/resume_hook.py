@@ -11,11 +11,16 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
+from man_mm.engine.sharded_runs import (
+    check_gathered,
+    gather_for_checkpoint,
+    start_sharding,
+)
+
+from .checkpoint_hook import make_saving_safe
 from .checkpoints import FORMAT, KEY, choose_checkpoint
 from .plain_data import from_plain_data, to_plain_data
 from .random_state import get_random_state, restart_workers, set_random_state
-from .saving import make_saving_safe
-from .sharded_runs import check_gathered, gather_for_checkpoint, start_sharding
 
 
 @root.HOOKS.register_module()

@@ -12,8 +12,8 @@ from mmengine.registry import HOOKS
 from short_runs import build_runner, differences, last_checkpoint, train
 
 import man_mm
-from man_mm.engine import resume
-from man_mm.engine.files import write_atomically
+from man_mm.interruptions import resume_hook
+from man_mm.interruptions.files import write_atomically
 
 ITERS = 4
 
@@ -103,7 +103,7 @@ def test_first_save_fails(tmp_path):
 
 
 def test_control_stock_saving_loses_the_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(resume, 'make_saving_safe', lambda runner: None)
+    monkeypatch.setattr(resume_hook, 'make_saving_safe', lambda runner: None)
     real = CheckpointHook._save_checkpoint_with_step
 
     def save(self, runner, step, meta):
@@ -173,7 +173,7 @@ def test_which_hooks_become_safe(tmp_path):
         runner = build_runner(tmp_path / kind, iters=1, checkpoint=dict(type=kind))
         warnings = []
         runner.logger.warning = warnings.append
-        resume.make_saving_safe(runner)
+        resume_hook.make_saving_safe(runner)
         hook = next(hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
         own = kind == 'OwnCheckpointHook'
         assert isinstance(hook, man_mm.SafeCheckpointHook) != own

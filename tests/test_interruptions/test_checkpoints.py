@@ -12,7 +12,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
 from man_mm.engine.compat import _method
-from man_mm.engine.plain_data import from_plain_data, to_plain_data
+from man_mm.interruptions.plain_data import from_plain_data, to_plain_data
 
 
 def checkpoint():

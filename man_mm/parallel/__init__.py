@@ -1,0 +1,5 @@
+"""Modules on several devices."""
+
+from .pipeline import ModulePipeline
+
+__all__ = ['ModulePipeline']

@@ -36,6 +36,8 @@ SOURCES = ('man_mm', 'configs', 'tools', 'requirements', 'setup.py', 'pyproject.
 SOURCES += ('MANIFEST.in', 'model-index.yml', 'README.md', 'LICENSE')
 SUPPORTED_MINORS = (11, 12, 10)  # of Python 3, the best tested first
 LOG_TAIL = 25
+# Of mmcv: without the debugging symbols that Python's own flags ask for.
+BUILD_FLAGS = '-g0 -O2 -DNDEBUG -fwrapv'
 GIB = 2**30
 
 
@@ -236,12 +238,37 @@ def build_jobs() -> int:
     return max(1, min(os.cpu_count() or 1, memory // (2 * GIB)))
 
 
+def precompile_headers(shell: Shell, source: Path) -> None:
+    """Compile torch's headers once instead of once for each of mmcv's 77 files.
+
+    They take nine tenths of the build. GCC takes a precompiled header that lies
+    beside the header itself, if both were compiled with the same options; other
+    compilers, and GCC with other options, ignore it.
+    """
+    header = source / 'mmcv/ops/csrc/common/pytorch_cpp_helper.hpp'
+    code = (
+        'import sysconfig; from torch.utils.cpp_extension import include_paths;'
+        'print(*include_paths(), sysconfig.get_path("include"), sep="\\n")'
+    )
+    paths = subprocess.check_output(
+        [str(PYTHON), '-c', code], text=True, stderr=shell.log
+    ).splitlines()
+    shell.run(
+        os.environ.get('CXX', 'c++'), *BUILD_FLAGS.split(), '-fPIC', '-std=c++20',
+        '-DTORCH_API_INCLUDE_EXTENSION_H', '-DTORCH_EXTENSION_NAME=_ext',
+        *[f'-I{path}' for path in paths],
+        '-x', 'c++-header', header, '-o', f'{header}.gch',
+    )  # fmt: skip
+
+
 def build_mmcv(shell: Shell, variant: str, target: Path) -> None:
     """Build mmcv's wheel with its ops into ``target``."""
     check_compiler()
     folder = VENV / 'build' / variant
     source = unpack_mmcv(shell, folder)
+    precompile_headers(shell, source)
     env = {
+        'CFLAGS': BUILD_FLAGS,
         'MMCV_WITH_OPS': '1',
         'MAX_JOBS': os.environ.get('MAX_JOBS', str(build_jobs())),
     }

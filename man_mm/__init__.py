@@ -32,6 +32,7 @@ from man_mm.engine import (
     LocalLearningOptimWrapperConstructor,
     MemoryBankHook,
     ShardedModel,
+    ShardingHook,
     build_learner,
 )
 from man_mm.version import __version__
@@ -67,6 +68,7 @@ __all__ = [
     'STL10',
     'SVHN',
     'ShardedModel',
+    'ShardingHook',
     'StagePartition',
     'UniformPartition',
     'Unit',

@@ -11,6 +11,7 @@ from .constructor import LocalLearningOptimWrapperConstructor, build_learner
 from .hooks import MemoryBankHook
 from .optim_wrapper import LocalLearningOptimWrapper
 from .sharded_model import ShardedModel
+from .sharded_runs import ShardingHook
 
 for _partition in (StagePartition, UniformPartition, CutPartition, BalancedPartition):
     root.TASK_UTILS.register_module(module=_partition)
@@ -23,5 +24,6 @@ __all__ = [
     'LocalLearningOptimWrapperConstructor',
     'MemoryBankHook',
     'ShardedModel',
+    'ShardingHook',
     'build_learner',
 ]

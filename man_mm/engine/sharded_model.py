@@ -21,12 +21,13 @@ class ShardedModel(nn.Module):
     Parameters, auxiliary heads, gradients and the optimizer's state are split over the
     ranks; see `man_mm.engine.sharding.Sharding`. Until training starts, and while it
     validates, tests or saves, each rank has the whole model (and no gradients).
-    Checkpoints are those of an unsharded run. It is used by this line of a config, and
-    ``--launcher pytorch``::
+    Checkpoints are those of an unsharded run. It is used by these lines of a config,
+    and ``--launcher pytorch``::
 
         model_wrapper_cfg = dict(type='ShardedModel')
-
-    `ResumeHook`, which `MemoryBankHook` brings, starts it and gathers checkpoints.
+        default_hooks = dict(
+            sharding=dict(type='ShardingHook'),
+            checkpoint=dict(type='SafeCheckpointHook'))
 
     Args:
         module: The model, on its device. All ranks get the weights of rank 0.
@@ -66,8 +67,9 @@ class ShardedModel(nn.Module):
         """
         if self._sharding is None:
             raise ValueError(
-                'ShardedModel is started by ResumeHook, which is not configured. Add '
-                "to the config:\n    custom_hooks = [dict(type='ResumeHook')]"
+                'ShardedModel is started by ShardingHook, which is not configured. Add '
+                'to the config:\n    default_hooks = '
+                "dict(sharding=dict(type='ShardingHook'))"
             )
         return self.module.train_step(data, optim_wrapper)
 

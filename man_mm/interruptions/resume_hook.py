@@ -11,12 +11,6 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
-from man_mm.engine.sharded_runs import (
-    check_gathered,
-    gather_for_checkpoint,
-    start_sharding,
-)
-
 from .checkpoint_hook import make_saving_safe
 from .checkpoints import FORMAT, KEY, choose_checkpoint
 from .plain_data import from_plain_data, to_plain_data
@@ -33,7 +27,6 @@ class ResumeHook(Hook):
     - Objects that mmengine pickles are saved as plain data, so that stock tools read
       the checkpoint with the safe loading of torch 2.6 and later.
     - The runner's ``CheckpointHook`` becomes a `SafeCheckpointHook`.
-    - A `ShardedModel` is sharded when training starts, and gathered for checkpoints.
     - A checkpoint is checked before it is resumed. Automatic resuming skips damaged
       ones and says so; a damaged one that was named is an error.
 
@@ -63,12 +56,10 @@ class ResumeHook(Hook):
 
     def gather_state(self, runner: Runner) -> None:
         """Collects what the next checkpoint stores; called on all ranks."""
-        gather_for_checkpoint(runner)
         self._gathered = dist.all_gather_object(self._state())
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Adds the state, unless the checkpoint is for publishing only."""
-        check_gathered(runner)
         to_plain_data(checkpoint)
         # Nothing was gathered if another hook saves, on rank 0 alone.
         ranks, self._gathered = self._gathered or [self._state()], None
@@ -97,11 +88,10 @@ class ResumeHook(Hook):
         self._resumed = dict(saved, **saved['ranks'][dist.get_rank()])
 
     def before_train(self, runner: Runner) -> None:
-        """Shards the model, and rebuilds the data loader if the seed has changed.
+        """Rebuilds the data loader if the seed has changed.
 
         mmengine takes the seed from the checkpoint after the loader was built.
         """
-        start_sharding(runner)
         config, loop = runner._train_dataloader, runner.train_loop
         if runner.seed == self._seed or not isinstance(config, dict):
             return

@@ -19,6 +19,7 @@ from man_mm.engine.checks import check_model_wrapper, check_wrapper_type
 
 DDP = MMDistributedDataParallel
 SHARDED = man_mm.ShardedModel
+SHARDING = [dict(type='ShardingHook')]
 ADAM = dict(type='AdamW', lr=1e-3, weight_decay=0.1)
 EXACT = {
     'module': {},
@@ -224,7 +225,7 @@ def test_one_module_has_its_weights(tmp_path):
 def run(rank, world, folder):
     """Runs of the runner, with validation: sharded and not, resumed each by each."""
     os.environ['LOCAL_RANK'] = str(rank)
-    ddp = dict(iters=4, custom_hooks=[], launcher='pytorch')
+    ddp = dict(iters=4, custom_hooks=SHARDING, launcher='pytorch')
     config = dict(model_wrapper_cfg=dict(type='man_mm.ShardedModel'))
     sharded = dict(ddp, cfg=config)
     train(folder / 'ddp', **ddp)
@@ -262,7 +263,6 @@ def errors(rank, world, folder):
     os.environ['LOCAL_RANK'] = str(rank)
     whole = dict(LOCAL_LEARNING, optimizer=dict(type='WholeSGD', lr=0.1))
     stock = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))
-    resume = [dict(type='ResumeHook')]
     without = dict(checkpoint=dict(type='CheckpointHook'))
     no_bank = dict(use_bank=False)
     no_bank = dict(
@@ -271,18 +271,18 @@ def errors(rank, world, folder):
         local_learning=dict(aux_head=no_bank),
     )
     cases = dict(
-        average=dict(custom_hooks=[dict(type='EMAHook')]),
+        average=dict(custom_hooks=[dict(type='EMAHook'), *SHARDING]),
         compile=dict(cfg=dict(compile=True)),
         optimizer=dict(optim_wrapper=whole),
-        wrapper=dict(optim_wrapper=stock, custom_hooks=resume, default_hooks=without),
-        start=dict(optim_wrapper=no_bank, default_hooks=without),
-        save=dict(custom_hooks=[dict(type='RashHook')]),
+        wrapper=dict(optim_wrapper=stock, default_hooks=without),
+        start=dict(optim_wrapper=no_bank, default_hooks=without, custom_hooks=[]),
+        save=dict(custom_hooks=[dict(type='RashHook'), *SHARDING]),
         works={},
     )
     told = {}
     for name, changes in cases.items():
         cfg = dict(changes.pop('cfg', {}), model_wrapper_cfg=dict(type='ShardedModel'))
-        settings = dict(iters=1, custom_hooks=[], launcher='pytorch', cfg=cfg)
+        settings = dict(iters=1, custom_hooks=SHARDING, launcher='pytorch', cfg=cfg)
         told[name] = ''
         try:
             train(folder / name, **{**settings, **changes})
@@ -305,7 +305,7 @@ def test_errors(tmp_path):
     assert 'remove compile' in told['compile']
     assert "'WholeSGD' may need whole parameters" in told['optimizer']
     assert "optim_wrapper.type='LocalLearningOptimWrapper'" in told['wrapper']
-    assert "custom_hooks = [dict(type='ResumeHook')]" in told['start']
+    assert "dict(sharding=dict(type='ShardingHook'))" in told['start']
     assert 'were not gathered for this checkpoint' in told['save']
     assert not told['works']  # control
 

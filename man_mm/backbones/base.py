@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from man_mm.core import Unit
-from man_mm.core.learner import ENTRY
+from man_mm.core.local_losses import ENTRY
 
 UnitsFn = Callable[[nn.Module], list[Unit]]
 

@@ -23,15 +23,9 @@ def recomputed(*submodules: nn.Module) -> Wrap:
     Args:
         *submodules: What the forward function runs.
     """
-    norms = [
-        module
-        for submodule in submodules
-        for module in submodule.modules()
-        if isinstance(module, _BatchNorm)
-    ]
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), _statistics_kept(norms)
+        return nullcontext(), statistics_kept(*submodules)
 
     return lambda forward: partial(
         checkpoint, forward, use_reentrant=False, context_fn=contexts
@@ -39,11 +33,20 @@ def recomputed(*submodules: nn.Module) -> Wrap:
 
 
 @contextmanager
-def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, momentum, batches in kept:
-        if momentum is not None and batches is not None:
-            norm.momentum, norm.num_batches_tracked = 0.0, batches.clone()
+def statistics_kept(*submodules: nn.Module) -> Iterator[None]:
+    """Batch norms normalise as ever, but do not update their running statistics.
+
+    Args:
+        *submodules: What holds the batch norms.
+    """
+    kept = [
+        (module, module.momentum, module.num_batches_tracked)
+        for submodule in submodules
+        for module in submodule.modules()
+        if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
+    ]
+    for norm, _, batches in kept:
+        norm.momentum, norm.num_batches_tracked = 0.0, batches.clone()
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,23 +17,20 @@ from .checkpointing import (
     recomputed,
     require_grad,
 )
+from .local_losses import ENTRY, local_loss, readers, reads_entry, remember
 from .micro_batches import (
     Chain,
     Maps,
     MicroBatches,
     check_maps,
     join_slices,
-    slice_batch,
     slices_of,
     write_slices,
 )
 from .partition import LocalModule, Unit, branches, outlets
 from .patches import Wrap, patched
 
-Losses = Tensor | Mapping[str, Any]
 Backward = Callable[[Tensor, LocalModule, bool], None]
-
-ENTRY = 'entry'
 
 
 class LocalLearner:
@@ -152,13 +149,9 @@ class LocalLearner:
             RuntimeError: If a cut does not run exactly once, in order and with
                 gradients, in which case no local loss would train its module.
         """
-        self.targets = targets
-        self.losses = {}
-        self.bank_bytes = 0
-        if not self._is_followed:
-            self._follow()
+        self.start(targets)
         with ExitStack() as stack:
-            stack.callback(self._forget)
+            stack.callback(self.forget)
             if len(self.modules) > 1:
                 for submodule, wrap in self.patches:
                     stack.enter_context(patched(submodule, wrap))
@@ -171,13 +164,23 @@ class LocalLearner:
                         f'The forward pass never ran the cut {module.cut!r}.'
                     )
 
-    def _follow(self) -> None:
-        for head in self.heads:
-            if hasattr(head, 'follow'):
-                head.follow(self.model)
-        self._is_followed = True
+    def start(self, targets: Any = None) -> None:
+        """Begins a step; `step` calls it, and so do exact steps.
 
-    def _forget(self) -> None:
+        Args:
+            targets: See `step`.
+        """
+        self.targets = targets
+        self.losses = {}
+        self.bank_bytes = 0
+        if not self._is_followed:
+            for head in self.heads:
+                if hasattr(head, 'follow'):
+                    head.follow(self.model)
+            self._is_followed = True
+
+    def forget(self) -> None:
+        """Ends a step: nothing of its batch is kept."""
         self.targets = None
         self._own.clear()
         self._outputs.clear()
@@ -204,7 +207,7 @@ class LocalLearner:
 
     def _enter(self, _submodule: nn.Module, args: tuple) -> tuple:
         x, *others = args
-        if self.bank is not None and any(ENTRY in _reads(head) for head in self.heads):
+        if self.bank is not None and reads_entry(self.heads):
             self.bank.store(ENTRY, x)
         if x.requires_grad:
             # What is in front is back-propagated once, through the global skip.
@@ -299,41 +302,33 @@ class LocalLearner:
     ) -> Tensor:
         """Back-propagates the local loss of some of ``count`` images, None for all."""
         self._check(module, own[module.cut])
-        earlier, targets, first = dict(self.bank or {}), self.targets, 0
-        if images is not None:
-            earlier = {name: map_[images] for name, map_ in earlier.items()}
-            targets, first = slice_batch(targets, images, count), images.start
-        if self.bank is not None:
-            self.bank.shared = self._shared.setdefault(first, {})
-        head = self.heads[module.index]
-        loss = total_loss(head({**earlier, **own}, targets, self.bank))
-        if images is not None:
-            loss = loss * ((images.stop - images.start) / count)
+        loss = self.local_loss(module, own, dict(self.bank or {}), images, count)
         backward(loss, module, images is None or images.stop == count)
         return loss.detach()
+
+    def local_loss(
+        self,
+        module: LocalModule,
+        own: Maps,
+        earlier: Maps,
+        images: slice | None = None,
+        count: int = 0,
+    ) -> Tensor:
+        """The loss of a module's head in this step; see `local_losses.local_loss`."""
+        if self.bank is not None:
+            first = 0 if images is None else images.start
+            self.bank.shared = self._shared.setdefault(first, {})
+        head = self.heads[module.index]
+        return local_loss(head, own, earlier, self.targets, self.bank, images, count)
 
     def _pass_on(self, module: LocalModule, own: Maps, loss: Tensor) -> None:
         """Ends a module: the bank keeps what later heads read."""
         self.losses[module.name] = loss
         if self.bank is None:
             return
-        readers = {name: self._readers(name, module) for name in (*self.bank, *own)}
-        self.bank.keep([name for name, heads in readers.items() if heads])
-        for name in own:
-            if heads := readers[name]:
-                average = all(getattr(h, 'reads_averages', False) for h in heads)
-                self.bank.store(name, own[name], average)
+        self.bank.keep([n for n in self.bank if readers(self.heads, n, module)])
+        remember(self.bank, self.heads, module, own)
         self.bank_bytes = max(self.bank_bytes, self.bank.nbytes)
-
-    def _readers(self, name: str, module: LocalModule) -> list[nn.Module]:
-        """The heads of later modules that may read a map."""
-        later = self.heads[module.index + 1 :]
-        reads = [getattr(head, 'reads', None) for head in later]
-        return [
-            head
-            for head, names in zip(later, reads, strict=True)
-            if names is None or name in names
-        ]
 
     def _check(self, module: LocalModule, output: Any) -> None:
         if not isinstance(output, Tensor):
@@ -353,24 +348,6 @@ class LocalLearner:
                 'the end of that region, or leave the region out of '
                 'activation_checkpointing.'
             )
-
-
-def total_loss(losses: Losses) -> Tensor:
-    """Sums the terms of a dictionary of losses, as ``parse_losses`` of mmengine does.
-
-    Args:
-        losses: A scalar tensor, or a dictionary of tensors or lists of tensors;
-            keys without ``loss`` are only for the log.
-    """
-    if isinstance(losses, Tensor):
-        return losses
-    terms = [value for name, value in losses.items() if 'loss' in name]
-    terms = [term if isinstance(term, list | tuple) else [term] for term in terms]
-    return sum(value.mean() for term in terms for value in term)
-
-
-def _reads(head: nn.Module) -> Collection[str]:
-    return getattr(head, 'reads', None) or ()
 
 
 def _require_grad(_submodule: nn.Module, args: tuple) -> tuple:

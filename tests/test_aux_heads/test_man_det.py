@@ -30,7 +30,7 @@ from man_mm.aux_heads.man_det import (
 )
 from man_mm.aux_heads.pyramid import Lateral, LocalPyramid
 from man_mm.backbones import Tap
-from man_mm.core.learner import total_loss
+from man_mm.core.local_losses import total_loss
 
 
 def test_settings_come_from_the_model(kind):

@@ -26,7 +26,7 @@ from networks import (
 from torch import nn
 
 from man_mm.core import LocalLearner, MemoryBank
-from man_mm.core.learner import total_loss
+from man_mm.core.local_losses import total_loss
 from man_mm.core.partition import outlets
 
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from mmengine.optim import build_optim_wrapper
 
 from man_mm import MemoryBank
 from man_mm.core import LocalLearner
-from man_mm.core.learner import total_loss
+from man_mm.core.local_losses import total_loss
 from man_mm.core.micro_batches import MicroBatches
 
 torch.set_num_threads(1)

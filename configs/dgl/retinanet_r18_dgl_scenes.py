@@ -4,7 +4,6 @@ optim_wrapper = dict(
     type='LocalLearningOptimWrapper',
     constructor='LocalLearningOptimWrapperConstructor',
     local_learning=dict(
-        partition=dict(type='StagePartition'),
         # Weight on boxes, for from scratch a module has to learn to find things first.
         aux_head=dict(type='DGLDetHead', cls_weight=0.25),
     ),

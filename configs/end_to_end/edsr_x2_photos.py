@@ -62,7 +62,7 @@ max_iters = 1200
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.05, by_epoch=False, begin=0, end=50),
+    dict(type='LinearLR', start_factor=0.05, by_epoch=False, end=50),
     dict(
         type='CosineAnnealingLR',
         T_max=max_iters - 50,

@@ -1,17 +1,9 @@
-_base_ = 'mmagic::swinir/swinir_x3s48w8d6e180_8xb4-lr2e-4-500k_div2k.py'
+_base_ = [
+    'mmagic::swinir/swinir_x3s48w8d6e180_8xb4-lr2e-4-500k_div2k.py',
+    '../_base_/datasets/b100_urban100.py',
+]
 experiment_name = 'swinir_x3_div2k'
 work_dir = f'./work_dirs/{experiment_name}'
 
-# B100 and Urban100, beside mmagic's Set5, Set14 and DIV2K.
-set5, set5_evaluator = _base_.test_dataloader[0], _base_.test_evaluator[0]
-test_dataloader = _base_.test_dataloader + [
-    dict(set5, dataset=dict(set5.dataset, data_root=f'data/{name}'))
-    for name in ('B100', 'Urban100')
-]
-test_evaluator = _base_.test_evaluator + [
-    dict(
-        set5_evaluator,
-        metrics=[dict(metric, prefix=name) for metric in set5_evaluator.metrics],
-    )
-    for name in ('B100', 'Urban100')
-]
+test_dataloader = _base_.test_dataloader + _base_.more_dataloaders.x3
+test_evaluator = _base_.test_evaluator + _base_.more_evaluators.x3_y

@@ -8,8 +8,5 @@ optim_wrapper = dict(
     type='LocalLearningOptimWrapper',
     constructor='LocalLearningOptimWrapperConstructor',
     optimizer=dict(lr=4e-3),  # its best of 1e-3, 2e-3, 4e-3
-    local_learning=dict(
-        partition=dict(type='StagePartition'), aux_head=dict(type='MANHead')
-    ),
 )
 default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))

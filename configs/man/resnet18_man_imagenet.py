@@ -3,8 +3,5 @@ custom_imports = dict(imports=['man_mm'], allow_failed_imports=False)
 optim_wrapper = dict(
     type='LocalLearningOptimWrapper',
     constructor='LocalLearningOptimWrapperConstructor',
-    local_learning=dict(
-        partition=dict(type='StagePartition'), aux_head=dict(type='MANHead')
-    ),
 )
 default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))

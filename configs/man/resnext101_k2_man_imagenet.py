@@ -3,9 +3,6 @@ custom_imports = dict(imports=['man_mm'], allow_failed_imports=False)
 optim_wrapper = dict(
     type='LocalLearningOptimWrapper',
     constructor='LocalLearningOptimWrapperConstructor',
-    local_learning=dict(
-        partition=dict(type='CutPartition', cuts=['backbone.layer2']),
-        aux_head=dict(type='MANHead'),
-    ),
+    local_learning=dict(partition=dict(type='CutPartition', cuts=['backbone.layer2'])),
 )
 default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))

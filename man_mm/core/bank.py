@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .observer import Observer
 from .storages import tensor_bytes
+
+
+def _observed(method: Callable[..., None]) -> Callable[..., None]:
+    """Lets the observer of a bank see a method that changes its maps."""
+
+    @wraps(method)
+    def call(self: MemoryBank, *args: Any, **kwargs: Any) -> None:
+        if self.observer is None:
+            return method(self, *args, **kwargs)
+        with self.observer.bank_changes(self._maps):
+            method(self, *args, **kwargs)
+
+    return call
 
 
 class MemoryBank(Mapping[str, Tensor]):
@@ -22,6 +37,7 @@ class MemoryBank(Mapping[str, Tensor]):
     Attributes:
         shared: What else the heads of one step share, such as target assignments;
             emptied with the batch memory.
+        observer: Sees every change of the maps, if there is one. Defaults to None.
 
     Args:
         long_term: Whether to keep long-term memory.
@@ -39,6 +55,7 @@ class MemoryBank(Mapping[str, Tensor]):
         self.long_term = long_term
         self.momentum = momentum
         self.shared: dict[Any, Any] = {}
+        self.observer: Observer | None = None
         self._maps: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
         self._moments: dict[str, Tensor] = {}
@@ -60,6 +77,7 @@ class MemoryBank(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._maps)
 
+    @_observed
     def store(self, name: str, map_: Tensor, average: bool = False) -> None:
         """Stores a map for the rest of the step.
 
@@ -74,6 +92,7 @@ class MemoryBank(Mapping[str, Tensor]):
         self._maps[name] = map_.mean((2, 3), keepdim=True) if average else map_
         self._versions[name] = self._maps[name]._version
 
+    @_observed
     def receive(self, name: str, map_: Tensor, moments: Tensor | None) -> None:
         """Stores what another process has stored; see `pending`."""
         if moments is not None:
@@ -85,11 +104,13 @@ class MemoryBank(Mapping[str, Tensor]):
         """What the long-term memory will learn of a map, ``(2, C)``, if anything."""
         return self._pending.get(name)
 
+    @_observed
     def keep(self, names: Collection[str]) -> None:
         """Forgets all maps but those named; their statistics are remembered."""
         for name in set(self._maps).difference(names):
             del self._maps[name], self._versions[name]
 
+    @_observed
     def clear(self) -> None:
         """Forgets the batch memory, after adding it to the long-term memory.
 

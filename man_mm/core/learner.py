@@ -27,6 +27,7 @@ from .micro_batches import (
     slices_of,
     write_slices,
 )
+from .observer import Observer
 from .partition import LocalModule, Unit, branches, outlets
 from .patches import Wrap, patched
 
@@ -78,6 +79,8 @@ class LocalLearner:
             replaced while the model runs.
         losses: Detached local losses of the latest step, by module name.
         bank_bytes: Most bytes that the bank held in the latest step.
+        observer: Told when a module has ended, if there is one; the bank has one of
+            its own. Defaults to None.
 
     Raises:
         ValueError: If the numbers of modules and heads do not match, if
@@ -116,6 +119,7 @@ class LocalLearner:
         self.targets: Any = None
         self.losses: dict[str, Tensor] = {}
         self.bank_bytes = 0
+        self.observer: Observer | None = None
         self._own: Maps = {}
         self._outputs: Maps = {}
         self._shared: dict[int, dict] = {}
@@ -143,7 +147,7 @@ class LocalLearner:
             backward: Called with each local loss, its module, and whether the
                 module's gradients are complete with it (not so for micro-batches but
                 the last), to back-propagate and, if wanted, to update the module.
-                Defaults to ``loss.backward()``.
+                Defaults to `default_backward`.
 
         Raises:
             RuntimeError: If a cut does not run exactly once, in order and with
@@ -156,7 +160,7 @@ class LocalLearner:
                 for submodule, wrap in self.patches:
                     stack.enter_context(patched(submodule, wrap))
                 for module in self.active:
-                    self._arm(module, backward or _backward, stack)
+                    self._arm(module, backward or default_backward, stack)
             yield
             for module in self.active[len(self.losses) :]:
                 if not module.is_last:
@@ -324,11 +328,12 @@ class LocalLearner:
     def _pass_on(self, module: LocalModule, own: Maps, loss: Tensor) -> None:
         """Ends a module: the bank keeps what later heads read."""
         self.losses[module.name] = loss
-        if self.bank is None:
-            return
-        self.bank.keep([n for n in self.bank if readers(self.heads, n, module)])
-        remember(self.bank, self.heads, module, own)
-        self.bank_bytes = max(self.bank_bytes, self.bank.nbytes)
+        if self.bank is not None:
+            self.bank.keep([n for n in self.bank if readers(self.heads, n, module)])
+            remember(self.bank, self.heads, module, own)
+            self.bank_bytes = max(self.bank_bytes, self.bank.nbytes)
+        if self.observer is not None:
+            self.observer.passed_on(module, own)
 
     def _check(self, module: LocalModule, output: Any) -> None:
         if not isinstance(output, Tensor):
@@ -350,9 +355,10 @@ class LocalLearner:
             )
 
 
+def default_backward(loss: Tensor, module: LocalModule, complete: bool) -> None:
+    """Back-propagates a local loss and updates nothing; see `LocalLearner.step`."""
+    loss.backward()
+
+
 def _require_grad(_submodule: nn.Module, args: tuple) -> tuple:
     return require_grad(args[0]), *args[1:]
-
-
-def _backward(loss: Tensor, _module: LocalModule, _complete: bool) -> None:
-    loss.backward()

@@ -1,23 +1,22 @@
 """Peak memory of a call, counted exactly and repeatably."""
 
+from __future__ import annotations
+
 import gc
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from man_mm.core import LocalLearner
 from man_mm.core.storages import find_storages
 
 from .memory_split import Groups, MemorySplit
-
-if TYPE_CHECKING:
-    from man_mm.core.learner import LocalLearner
 
 _ADD = torch.ops.aten.add.Tensor
 # `torch.tensor` shows its new storage first as the argument of this op.
@@ -29,10 +28,10 @@ def measure_memory(
     *,
     device: str | torch.device = 'cpu',
     groups: Groups | None = None,
-    learner: 'LocalLearner | None' = None,
+    learner: LocalLearner | None = None,
     split: bool = True,
     watch: Callable[[int], None] | None = None,
-) -> 'MemoryReport':
+) -> MemoryReport:
     """Run ``fn`` once and report the bytes of the tensors that it creates.
 
     A storage counts once, from the op that creates it until it is freed; views and
@@ -69,7 +68,7 @@ def measure_memory(
     if device.type == 'cuda' and device.index is None:
         device = torch.device('cuda', torch.cuda.current_device())
     labels = MemorySplit(groups, learner)
-    tracker = _StorageTracker(device, labels, watch)
+    tracker = StorageTracker(device, labels, watch)
     start = _cuda_bytes(device, 'current')
     collecting = gc.isenabled()
     gc.disable()
@@ -138,7 +137,7 @@ class _Entry:
     counted: int = 0
 
 
-class _StorageTracker(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):
     """Keeps the live storages that ops created on a device, and their peak bytes.
 
     The weak references are on storages, whose Python objects PyTorch keeps while a

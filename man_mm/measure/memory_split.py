@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +16,11 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from man_mm.core import LocalLearner, LocalModule
 from man_mm.core.checkpointing import top_saved_tensors_hooks
 from man_mm.core.storages import find_storages
 
 from .memory_regions import OTHER, Groups, Regions
-
-if TYPE_CHECKING:
-    from man_mm.core.learner import LocalLearner
-    from man_mm.core.partition import LocalModule
 
 KINDS = (
     'optimizer state',
@@ -121,7 +116,7 @@ class MemorySplit:
             ):
                 stack.callback(handle.remove)
             if self._learner is not None:
-                self._watch(self._learner, stack)
+                self._observe(self._learner, stack)
             self._stack = stack.pop_all()
         return self
 
@@ -165,6 +160,26 @@ class MemorySplit:
         """Nothing before was larger than what is alive now."""
         self._peak_at = len(self._events)
 
+    def passed_on(self, module: LocalModule, maps: Mapping[str, Tensor]) -> None:
+        """See `man_mm.core.observer.Observer`."""
+        self._label({self._input}, _INPUT, -1)
+        self._input = self._find(maps[module.cut])
+        self._label({self._input}, _INPUT, 1)
+        handed_on = {self._find(map_) for map_ in maps.values()}
+        self._label(handed_on, _HANDED_ON, 1)
+        for birth in handed_on - {None}:
+            birth.is_handed_on = True
+
+    @contextmanager
+    def bank_changes(self, maps: Mapping[str, Tensor]) -> Iterator[None]:
+        """See `man_mm.core.observer.Observer`."""
+        with self._regions.inside(BANK):
+            yield
+        held = {self._find(map_) for map_ in maps.values()}
+        self._label(self._banked - held, _BANKED, -1)
+        self._label(held - self._banked, _BANKED, 1)
+        self._banked = held
+
     def result(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes at the marked peak by kind and by group of modules."""
         self._find_gradient(None)
@@ -179,6 +194,12 @@ class MemorySplit:
             kinds[_kind(birth, labels)] += labels[_BYTES]
             modules[birth.region] += labels[_BYTES]
         return kinds, modules
+
+    def _observe(self, learner: LocalLearner, stack: ExitStack) -> None:
+        watched = [learner] if learner.bank is None else [learner, learner.bank]
+        for each in watched:
+            each.observer = self
+            stack.callback(setattr, each, 'observer', None)
 
     def _find_gradient(self, leaf: weakref.ref[Tensor] | None) -> None:
         """Labels the gradient of the latest op's leaf; ``leaf`` is the next op's."""
@@ -210,36 +231,6 @@ class MemorySplit:
     def _has_other_hooks(self) -> bool:
         top = top_saved_tensors_hooks()
         return top is not None and top[0] != self._hooks.pack_hook
-
-    def _watch(self, learner: LocalLearner, stack: ExitStack) -> None:
-        stack.enter_context(_wrapped(learner, '_pass_on', self._around_pass_on))
-        for name in ('store', 'keep', 'clear') if learner.bank is not None else ():
-            stack.enter_context(_wrapped(learner.bank, name, self._around_bank))
-
-    def _around_pass_on(
-        self,
-        pass_on: Callable,
-        module: LocalModule,
-        own: dict[str, Tensor],
-        *args: object,
-    ) -> None:
-        pass_on(module, own, *args)
-        self._label({self._input}, _INPUT, -1)
-        self._input = self._find(own[module.cut])
-        self._label({self._input}, _INPUT, 1)
-        handed_on = {self._find(map_) for map_ in own.values()}
-        self._label(handed_on, _HANDED_ON, 1)
-        for birth in handed_on - {None}:
-            birth.is_handed_on = True
-
-    def _around_bank(self, method: Callable, *args: object) -> None:
-        with self._regions.inside(BANK):
-            method(*args)
-        # Its items are not read, since reading is what checks them.
-        held = {self._find(map_) for map_ in self._learner.bank._maps.values()}
-        self._label(self._banked - held, _BANKED, -1)
-        self._label(held - self._banked, _BANKED, 1)
-        self._banked = held
 
     def _label(self, births: set[_Birth | None], label: int, change: int) -> None:
         # Storages from before the call have no births.
@@ -314,17 +305,3 @@ def _kind(birth: _Birth, labels: Mapping[int, int]) -> str:
         return 'saved activations'
     # Micro-batches fill it slice by slice before they hand it on.
     return 'boundaries' if birth.is_handed_on else 'temporaries'
-
-
-@contextmanager
-def _wrapped(obj: object, name: str, around: Callable) -> Iterator[None]:
-    """Calls ``around(method, ...)`` instead of a method of ``obj`` meanwhile."""
-    method, own = getattr(obj, name), name in vars(obj)
-    setattr(obj, name, partial(around, method))
-    try:
-        yield
-    finally:
-        if own:
-            setattr(obj, name, method)
-        else:
-            delattr(obj, name)

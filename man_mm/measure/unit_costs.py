@@ -19,7 +19,7 @@ from man_mm.core.partition import LocalModule, ends_of_stages, outlets
 from man_mm.core.patches import Forward
 from man_mm.core.storages import tensor_bytes
 
-from .memory import _StorageTracker
+from .memory import StorageTracker
 from .memory_split import MemorySplit
 from .peaks import UnitCost
 
@@ -86,7 +86,7 @@ class _Mark(NamedTuple):
     peak: int
 
 
-class _Timeline(_StorageTracker):
+class _Timeline(StorageTracker):
     """Live bytes at marks, and their peaks between marks."""
 
     def __init__(self, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from man_mm.core.learner import Backward, LocalLearner, _backward
+from man_mm.core.learner import Backward, LocalLearner, default_backward
 from man_mm.core.local_losses import ENTRY
 from man_mm.core.micro_batches import Chain, Maps, MicroBatches, check_maps
 from man_mm.core.partition import LocalModule, ends_of_stages, outlets
@@ -127,7 +127,7 @@ class ModulePipeline:
             RuntimeError: If the network has a global skip, reads a map that was not
                 sent, never runs a cut, or if a neighbour is gone.
         """
-        backward = backward or _backward
+        backward = backward or default_backward
         with _as_world(self._alone), ExitStack() as stack:
             if self._rank == 0:
                 start = self.learner.model.get_submodule(self.modules[0].parts[0])

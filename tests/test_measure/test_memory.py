@@ -117,7 +117,7 @@ def test_agrees_with_the_profiler(name, monkeypatch):
     if name == 'branches':
         monkeypatch.setattr(memory, '_engine_sums', lambda func: False)
     else:
-        release = 'man_mm.measure.memory._StorageTracker._release'
+        release = 'man_mm.measure.memory.StorageTracker._release'
         monkeypatch.setattr(release, lambda *args: None)
     wrong = measure_memory(step).peak
     assert wrong != pytest.approx(profiled_peak(step), rel=0.02)

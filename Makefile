@@ -9,10 +9,10 @@ help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile
 
 setup:  ## create .venv with everything that is needed (first time: 5 to 25 minutes)
-	@$(PYTHON) tools/setup_env.py
+	@$(PYTHON) tools/misc/setup_env
 
 demo: setup  ## train and compare on real images, on the CPU
-	@$(VENV_PYTHON) tools/demo.py
+	@$(VENV_PYTHON) tools/misc/demo.py
 
 lint: setup  ## check style and formatting with ruff
 	@echo '== ruff check'
@@ -25,7 +25,7 @@ test: lint  ## check the style, then run the tests
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest --numprocesses auto
 
 site: setup  ## write the leaderboard's pages to site/, and its tables to the documents
-	@$(VENV_PYTHON) tools/leaderboard.py build
+	@$(VENV_PYTHON) tools/analysis_tools/leaderboard.py build
 
 clean:  ## remove .venv, build output and caches (keeps data and work_dirs)
 	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

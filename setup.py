@@ -9,8 +9,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MIM_ASSETS = ('configs', 'tools', 'model-index.yml')
-# setup_env.py prepares a checkout, so it has no use once installed.
-NOT_INSTALLED = ('__pycache__', '*.pyc', 'setup_env.py', '_ticker.py')
+# setup_env prepares a checkout, so it has no use once installed.
+NOT_INSTALLED = ('__pycache__', '*.pyc', 'setup_env')
 
 
 def read_version() -> str:
@@ -76,6 +76,7 @@ setup(
     ],
     python_requires='>=3.10,<3.13',
     packages=find_packages(include=['man_mm', 'man_mm.*']),
+    package_data={'man_mm.leaderboard': ['templates/*']},
     install_requires=read_requirements('runtime'),
     extras_require=EXTRAS,
     cmdclass={'build_py': BuildWithMim},

@@ -35,10 +35,9 @@ from man_mm.engine import (
     ShardingHook,
     build_learner,
 )
+from man_mm.interruptions import ResumeHook, SafeCheckpointHook
+from man_mm.measure import BalancedPartition
 from man_mm.version import __version__
-
-from .interruptions import ResumeHook, SafeCheckpointHook
-from .measure import BalancedPartition
 
 __all__ = [
     'AmpLocalLearningOptimWrapper',

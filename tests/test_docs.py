@@ -154,7 +154,6 @@ def test_the_notebook_trains(tmp_path, monkeypatch, tidy):
     settings, *others = [
         ''.join(c['source']) for c in cells if c['cell_type'] == 'code'
     ]
-    monkeypatch.setattr(sys, 'path', sys.path.copy())
     namespace = {}
     exec(settings, namespace)
     namespace.update(

@@ -92,8 +92,6 @@ def check_command(words, parse):
 
 
 def check_python(words, parse):
-    if words == ['tools/setup_env.py']:
-        return
     start = next(i for i, word in enumerate(words) if word.endswith('.py'))
     script, *args = words[start:]
     assert Path(script).is_file(), script
@@ -118,8 +116,13 @@ def expand(word):
     return [f'{found[1]}{part}{found[3]}' for part in found[2].split(',')]
 
 
-def check_mim(words, _parse):
+def check_mim(words, parse):
     command, package, config, *rest = words
+    if command == 'run':
+        assert package == 'man_mm'
+        (script,) = Path('tools').rglob(f'{config}.py')  # as mim looks for it
+        check_python([str(script), *rest], parse)
+        return
     assert command in ('train', 'test') and package in (
         'mmdet',
         'mmpretrain',
@@ -190,9 +193,10 @@ def test_commands_exist(parse):
     'command',
     [
         'python tools/no_such_tool.py',
-        'python tools/plan_partition.py X.py --num-modules 4 --no-such-flag',
-        'python tools/plan_partition.py X.py --num-modules many',
-        'python tools/plan_partition.py configs/man/no_such.py --num-modules 4',
+        'mim run man_mm plan_partition X.py --num-modules 4 --no-such-flag',
+        'mim run man_mm plan_partition X.py --num-modules many',
+        'mim run man_mm plan_partition configs/man/no_such.py --num-modules 4',
+        'mim run man_mm no_such_tool',
         'mim train mmdet no_such_config.py',
         'mim train mmdet retinanet_r50_fpn_1x_coco.py --no-such-flag',
         'mim train mmdet retinanet_r50_fpn_1x_coco.py --cfg-options '

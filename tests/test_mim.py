@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, 'tools')
-from make_digits import make_digits
-from make_fashion import SHAPES, idx_head, make_fashion
-from make_photos import make_photos
+from man_mm.datasets.make_digits import make_digits
+from man_mm.datasets.make_fashion import SHAPES, idx_head, make_fashion
+from man_mm.datasets.make_photos import make_photos
 
 MIM = Path(sys.executable).with_name('mim')
 DEMO = 'configs/{}/retinanet_r18_{}demo.py'

@@ -2,15 +2,13 @@
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-sys.path.insert(0, 'tools')
-import leaderboard
-from _tables import documents
+from man_mm.leaderboard import board as leaderboard
+from man_mm.leaderboard.tables import documents
 
 FOLDERS = [path.parent.name for path in sorted(Path('configs').glob('*/README.md'))]
 

@@ -1,6 +1,6 @@
 """Test a model: ``python tools/test.py CONFIG CHECKPOINT`` or ``mim test man_mm``."""
 
-from _runner import build_runner, load_config, make_parser
+from man_mm.engine.launch import build_runner, load_config, make_parser
 
 
 def main() -> None:

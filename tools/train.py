@@ -1,6 +1,6 @@
 """Train a model: ``python tools/train.py CONFIG`` or ``mim train man_mm CONFIG``."""
 
-from _runner import build_runner, load_config, make_parser
+from man_mm.engine.launch import build_runner, load_config, make_parser
 
 
 def main() -> None:

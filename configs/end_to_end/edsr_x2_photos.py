@@ -1,4 +1,4 @@
-# A small EDSR on photographs (tools/make_photos.py), from scratch.
+# A small EDSR on photographs (make_photos), from scratch.
 _base_ = 'mmagic::edsr/edsr_x2c64b16_1xb16-300k_div2k.py'
 experiment_name = 'edsr_x2_photos'
 work_dir = f'./work_dirs/{experiment_name}'

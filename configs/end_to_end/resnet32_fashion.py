@@ -1,4 +1,4 @@
-# ResNet-32 on 12,000 images of Fashion-MNIST (tools/make_fashion.py), from scratch.
+# ResNet-32 on 12,000 images of Fashion-MNIST (make_fashion), from scratch.
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 custom_imports = dict(imports=['man_mm'], allow_failed_imports=False)
 

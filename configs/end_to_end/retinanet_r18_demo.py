@@ -1,4 +1,4 @@
-# A small RetinaNet on the built-in digits (tools/make_digits.py), from scratch.
+# A small RetinaNet on the built-in digits (make_digits), from scratch.
 _base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# A small SRResNet on photographs (tools/make_photos.py), from scratch.
+# A small SRResNet on photographs (make_photos), from scratch.
 _base_ = './edsr_x2_photos.py'
 experiment_name = 'srresnet_x2_photos'
 work_dir = f'./work_dirs/{experiment_name}'

@@ -70,7 +70,7 @@ def _explain(
     count, _, height, width = shape
     lines.append(
         'See what each module needs, and find cuts that need less, with\n'
-        f'    python tools/plan_partition.py CONFIG --batch {count} --size {height} '
+        f'    mim run man_mm plan_partition CONFIG --batch {count} --size {height} '
         f'{width} --num-modules {len(learner.modules) + 1}\n'
         'or lower the batch size, or set '
         'optim_wrapper.local_learning.micro_batch_size.'

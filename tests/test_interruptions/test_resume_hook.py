@@ -1,8 +1,6 @@
 """A resumed run ends bitwise where an uninterrupted one ends, with real runners."""
 
 import io
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +16,7 @@ from conftest import (
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))
-from make_digits import make_digits
+from man_mm.datasets.make_digits import make_digits
 
 ITERS = 5
 ADAM = dict(type='Adam', lr=1e-3)

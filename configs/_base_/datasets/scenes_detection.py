@@ -1,4 +1,4 @@
-# Fashion-MNIST items on photographs (tools/make_fashion.py, tools/make_scenes.py).
+# Fashion-MNIST items on photographs (made by make_fashion and make_scenes).
 dataset_type = 'CocoDataset'
 data_root = 'data/scenes/'
 # Names and order of the categories that the tool writes.

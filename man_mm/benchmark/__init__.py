@@ -1,0 +1,1 @@
+"""Schemes, training steps and comparisons that are measured, and their pictures."""

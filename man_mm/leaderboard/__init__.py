@@ -1,0 +1,1 @@
+"""The leaderboard: entries, their checks, tables in documents, and the site."""

@@ -1,0 +1,205 @@
+r"""The leaderboard: ``mim run man_mm leaderboard {add,validate,build,check}``.
+
+    mim run man_mm leaderboard add benchmarks/results/retinanet_r50_man_coco_608x972_b1
+    mim run man_mm leaderboard add my_reported_entry.json
+    mim run man_mm leaderboard add        # all measured entries again
+    mim run man_mm leaderboard build      # documents, metafiles and the site
+
+Entries are files ``benchmarks/results/<task>/<id>.json``, see docs/leaderboard.md.
+Run it in the root of the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .adding import make_entries, read_given, sources_of, write_entry
+from .entries import EntryError, read_entries
+from .site import build_site
+from .tables import (
+    TableError,
+    documents,
+    unclosed_markers,
+    unmarked_numbers,
+    update_documents,
+)
+from .validation import find_errors
+
+
+def validate(root: Path) -> list[str]:
+    """What is wrong with the entries, one line each."""
+    try:
+        return find_errors(read_entries(root), root)
+    except EntryError as error:
+        return [str(error)]
+
+
+def add(
+    paths: Sequence[Path],
+    root: Path,
+    words: dict | None = None,
+    with_times: bool = True,
+) -> list[Path]:
+    """Adds entries, or updates them; all of them, or none if one is refused.
+
+    Args:
+        paths: Result files, folders of them, or finished entries. Default if empty: the
+            result files of all measured entries.
+        root: The repository.
+        words: Fields that result files do not say.
+        with_times: Whether times of steps are used.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        EntryError: If an entry is refused; the message says why.
+    """
+    known = read_entries(root)
+    given, raw = {}, []
+    for path in paths:
+        found = read_given(path, root)
+        if found:
+            given[found[0]] = found[1]
+        else:
+            raw.append(path)
+    if not paths:
+        raw = sources_of(list(known.values()), root)
+    made = given | make_entries(raw, known, root, words, with_times)
+    names = {str(path.relative_to(root)) for path in made}
+    errors = [
+        error
+        for error in find_errors(known | made, root)
+        if error.partition(':')[0] in names
+    ]
+    if errors:
+        raise EntryError('\n'.join(errors))
+    for path, entry in made.items():
+        write_entry(path, entry)
+    return list(made)
+
+
+def build(root: Path, site: Path) -> list[Path]:
+    """Writes the generated parts of documents and metafiles, and the site.
+
+    Args:
+        root: The repository.
+        site: Folder of the site.
+
+    Returns:
+        The documents and metafiles that changed.
+
+    Raises:
+        EntryError: If there is a bad entry.
+        TableError: If a marker names no results.
+    """
+    errors = validate(root)
+    if errors:
+        raise EntryError('\n'.join(errors))
+    entries = list(read_entries(root).values())
+    changed = []
+    for path, text in update_documents(root, entries).items():
+        if text != path.read_text('utf-8'):
+            path.write_text(text, 'utf-8')
+            changed.append(path)
+    build_site(entries, root, site)
+    return changed
+
+
+def check(root: Path) -> list[str]:
+    """What `build` would change, bad entries, and numbers that have no source.
+
+    Returns:
+        One line for each error.
+    """
+    errors = validate(root)
+    if errors:
+        return errors
+    try:
+        texts = update_documents(root, list(read_entries(root).values()))
+    except TableError as error:
+        return [str(error)]
+    for path, expected in texts.items():
+        name, text = path.relative_to(root), path.read_text('utf-8')
+        if text != expected:
+            errors.append(f'{name}: {_first_difference(text, expected)}')
+    for path in documents(root):
+        name, text = path.relative_to(root), path.read_text('utf-8')
+        for line in unclosed_markers(text):
+            errors.append(f'{name}: {line!r} has no partner')
+        for row in unmarked_numbers(text):
+            errors.append(
+                f'{name}: {row!r} comes from no result file: put it there, and the '
+                'table between markers'
+            )
+    return errors
+
+
+def _first_difference(text: str, expected: str) -> str:
+    lines, wanted = text.splitlines(), expected.splitlines()
+    for number, (line, want) in enumerate(zip(lines, wanted, strict=False), 1):
+        if line != want:
+            return f'line {number} is {line!r}, but the results give {want!r}'
+    return f'{len(lines)} lines, but the results give {len(wanted)}'
+
+
+def _parse_words(texts: Sequence[str]) -> dict:
+    words = {}
+    for text in texts:
+        key, equals, value = text.partition('=')
+        if not equals:
+            raise EntryError(f'--set {text}: write KEY=VALUE.')
+        try:
+            words[key] = json.loads(value)
+        except json.JSONDecodeError:
+            words[key] = value
+    return words
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line ``args``, by default the process's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest='command', required=True)
+    adding = commands.add_parser('add', help='make entries from result files')
+    adding.add_argument('results', nargs='*', type=Path, metavar='RESULT')
+    adding.add_argument(
+        '--set',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help='fields that result files do not say, such as model=ResNet-50',
+    )
+    adding.add_argument(
+        '--without-times', action='store_true', help='other work ran beside'
+    )
+    commands.add_parser('validate', help='check the entries')
+    building = commands.add_parser('build', help='write documents, metafiles and site')
+    building.add_argument('--site', type=Path, default=Path('site'), help='folder')
+    commands.add_parser('check', help='check entries, documents and metafiles')
+    options = parser.parse_args(args)
+    root = Path('.')
+    if not (root / 'benchmarks').is_dir():
+        parser.error('run it in the root of the repository: there is no benchmarks/.')
+    try:
+        if options.command == 'add':
+            words = _parse_words(options.set)
+            written = add(options.results, root, words, not options.without_times)
+            print('\n'.join(map(str, written)))
+            print(f'{len(written)} entries; now: mim run man_mm leaderboard build')
+        elif options.command == 'build':
+            for path in build(root, options.site):
+                print(path)
+            print(f'{options.site}/index.html')
+        else:
+            errors = (validate if options.command == 'validate' else check)(root)
+            if errors:
+                sys.exit('\n'.join(errors))
+            print(f'{len(read_entries(root))} entries: no error')
+    except (EntryError, TableError) as error:
+        sys.exit(str(error))

@@ -1,0 +1,6 @@
+"""Measure what each process holds."""
+
+from man_mm.benchmark.sharding_costs import main
+
+if __name__ == '__main__':
+    main()

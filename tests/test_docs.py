@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 

@@ -31,8 +31,6 @@ from man_mm.engine import (
     LocalLearningOptimWrapper,
     LocalLearningOptimWrapperConstructor,
     MemoryBankHook,
-    ShardedModel,
-    ShardingHook,
     build_learner,
 )
 from man_mm.interruptions import ResumeHook, SafeCheckpointHook
@@ -66,8 +64,6 @@ __all__ = [
     'SafeCheckpointHook',
     'STL10',
     'SVHN',
-    'ShardedModel',
-    'ShardingHook',
     'StagePartition',
     'UniformPartition',
     'Unit',

@@ -10,8 +10,6 @@ from .amp import AmpLocalLearningOptimWrapper
 from .constructor import LocalLearningOptimWrapperConstructor, build_learner
 from .hooks import MemoryBankHook
 from .optim_wrapper import LocalLearningOptimWrapper
-from .sharded_model import ShardedModel
-from .sharded_runs import ShardingHook
 
 for _partition in (StagePartition, UniformPartition, CutPartition, BalancedPartition):
     root.TASK_UTILS.register_module(module=_partition)
@@ -23,7 +21,5 @@ __all__ = [
     'LocalLearningOptimWrapper',
     'LocalLearningOptimWrapperConstructor',
     'MemoryBankHook',
-    'ShardedModel',
-    'ShardingHook',
     'build_learner',
 ]

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mmengine import dist
 from mmengine import registry as root
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -124,9 +123,6 @@ class AmpLocalLearningOptimWrapper(LocalLearningOptimWrapper):
             return super()._check_and_clip(module)
         with only(self.optimizer, set(params)):
             scaler.unscale_(self.optimizer)
-        if self.sharding is not None:  # an overflow may be in another rank's part
-            for found in scaler._found_inf_per_device(self.optimizer).values():
-                dist.all_reduce(found, 'max')
         finite = super()._check_and_clip(module)
         self._log(f'{module.name}/loss_scale', scaler.get_scale())
         scaler.update(self._fixed_scale)

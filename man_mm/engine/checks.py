@@ -12,17 +12,12 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from man_mm.core import LocalLearner
 
-from .sharded_model import ShardedModel
-
 WRAPPER = 'LocalLearningOptimWrapper'
 AMP_WRAPPER = 'AmpLocalLearningOptimWrapper'
 
 _OTHER_WRAPPERS = {
     'ApexOptimWrapper': 'train without Apex',
-    'DeepSpeedOptimWrapper': (
-        "train without DeepSpeed (model_wrapper_cfg=dict(type='ShardedModel') splits "
-        'parameters and optimizer state too)'
-    ),
+    'DeepSpeedOptimWrapper': 'train without DeepSpeed',
 }
 
 
@@ -53,19 +48,18 @@ def check_model_wrapper(model: nn.Module) -> None:
 
     Raises:
         ValueError: For FSDP, DeepSpeed and everything else but
-            ``MMDistributedDataParallel`` and `ShardedModel`, and if the former is to
+            ``MMDistributedDataParallel``, and if that is to
             ``detect_anomalous_params``.
     """
     wraps = is_model_wrapper(model) or isinstance(
         model, DataParallel | DistributedDataParallel
     )
-    if wraps and not isinstance(model, MMDistributedDataParallel | ShardedModel):
+    if wraps and not isinstance(model, MMDistributedDataParallel):
         raise ValueError(
             f'The model is wrapped in {type(model).__name__}, which cannot run the '
             'backward pass of a module inside the forward pass: remove '
             'model_wrapper_cfg (and strategy) from the config, so that '
-            'MMDistributedDataParallel is used. To split parameters over the ranks, '
-            "set model_wrapper_cfg=dict(type='ShardedModel')."
+            'MMDistributedDataParallel is used.'
         )
     if getattr(model, 'detect_anomalous_params', False):
         raise ValueError(

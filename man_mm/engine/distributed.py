@@ -10,15 +10,6 @@ import torch
 from mmengine import dist
 from torch import Tensor, nn
 
-# Their names before torch 2.14.
-_ALL_GATHER, _REDUCE_SCATTER = (
-    getattr(torch.distributed, new, None) or getattr(torch.distributed, old, None)
-    for new, old in (
-        ('all_gather_single', 'all_gather_into_tensor'),
-        ('reduce_scatter_single', 'reduce_scatter_tensor'),
-    )
-)
-
 
 def average_gradients(params: Sequence[nn.Parameter]) -> Callable[[], None]:
     """Starts to average gradients over all ranks, beside what runs next.
@@ -55,7 +46,7 @@ def _start(params: Sequence[nn.Parameter]) -> Callable[[], None]:
     work = torch.distributed.all_reduce(flat, async_op=True)
 
     def wait() -> None:
-        waited(work)
+        _waited(work)
         sizes = [param.numel() for param in params]
         *averages, is_used = flat.split([*sizes, len(params)])
         pairs = zip(params, averages, is_used.tolist(), strict=True)
@@ -70,7 +61,7 @@ def _nothing() -> None:
     pass
 
 
-def waited(work: Any) -> None:
+def _waited(work: Any) -> None:
     """Waits for a collective operation.
 
     Raises:
@@ -84,23 +75,6 @@ def waited(work: Any) -> None:
             'its output. Restart with --resume. Ranks wait for each other '
             f'env_cfg.dist_cfg.timeout seconds. {error}'
         ) from error
-
-
-def all_gather(tensor: Tensor) -> Tensor:
-    """Joins vectors of all ranks, which are of one length, to one."""
-    joined = tensor.new_empty(len(tensor) * dist.get_world_size())
-    waited(_ALL_GATHER(joined, tensor, async_op=True))
-    return joined
-
-
-def reduce_scatter(tensor: Tensor) -> tuple[Tensor, Any]:
-    """Starts to add vectors of all ranks, of which each gets an equal part.
-
-    Returns:
-        This rank's part of the sum, and the work to wait for before it is read.
-    """
-    part = tensor.new_empty(len(tensor) // dist.get_world_size())
-    return part, _REDUCE_SCATTER(part, tensor, async_op=True)
 
 
 def gradient_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:

@@ -21,7 +21,6 @@ from man_mm.core import LocalLearner, LocalModule
 from .checks import check_model_wrapper, check_start
 from .distributed import average_gradients, gradient_norm
 from .out_of_memory import Measure, explains_out_of_memory
-from .sharding import Sharding, clip_norm, total_norm
 
 _UPDATE_BYTES = 2**20
 # More than a dynamic loss scale of 2**16 needs to come down to 1.
@@ -93,10 +92,9 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self.learner = learner
         self.update = update
         self.clip = clip
-        self.sharding: Sharding | None = None
         self._measure = measure
         self._shape: tuple[int, ...] = ()
-        self._under_way: tuple[LocalModule, Callable[[], None], bool] | None = None
+        self._under_way: tuple[LocalModule, Callable[[], None]] | None = None
         self._skips: Counter[str] = Counter()
 
     def initialize_count_status(
@@ -111,20 +109,6 @@ class LocalLearningOptimWrapper(OptimWrapper):
         """
         check_start(self.learner, self.update)
         super().initialize_count_status(model, init_counts, max_counts)
-
-    def shard(self) -> Sharding:
-        """Splits parameters, heads and the optimizer's state over the ranks.
-
-        Returns:
-            What gathers them.
-
-        Raises:
-            ValueError: If the optimizer may need whole parameters.
-        """
-        self.sharding = Sharding(self.learner, self.optimizer)
-        if self.clip_grad_kwargs and self.grad_name == 'grad_norm':
-            self.clip_func = clip_norm
-        return self.sharding
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -147,8 +131,6 @@ class LocalLearningOptimWrapper(OptimWrapper):
             handle = plain.register_forward_pre_hook(self._capture, with_kwargs=True)
             stack.callback(handle.remove)
             stack.enter_context(self._explained())
-            if self.sharding is not None:
-                self.sharding.start()
             stack.enter_context(self.learner.step(backward=self.local_backward))
             yield
 
@@ -200,10 +182,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             heads=self.learner.heads.state_dict(),
             bank=None if bank is None else bank.state_dict(),
         )
-        state = super().state_dict()
-        if self.sharding is not None:
-            state['state'] = self.sharding.optimizer_state()
-        return {**state, 'local_learning': local}
+        return {**super().state_dict(), 'local_learning': local}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores what `state_dict` returned.
@@ -279,26 +258,19 @@ class LocalLearningOptimWrapper(OptimWrapper):
 
         Without ``update`` gradients are accumulated, whole ones on their own rank.
         """
-        if self.sharding is not None:
-            self.sharding.release(module)
-            self._settle()  # frees memory that the next module's weights need
-            wait = self.sharding.finish(module)
-        elif update:
-            wait = average_gradients(self.learner.params(module))
-        else:
+        if not update:
             return
+        wait = average_gradients(self.learner.params(module))
         self._settle()
-        self._under_way = module, wait, update
+        self._under_way = module, wait
         if dist.get_world_size() == 1:
             self._settle()
 
     def _settle(self) -> None:
         if self._under_way is None:
             return
-        (module, wait, update), self._under_way = self._under_way, None
+        (module, wait), self._under_way = self._under_way, None
         wait()
-        if not update:
-            return
         if self.update == 'module':
             self._step([module])
         elif self.update == 'parameter':  # those that its last loss did not reach
@@ -322,8 +294,6 @@ class LocalLearningOptimWrapper(OptimWrapper):
 
     def _with_grad(self, module: LocalModule) -> list[nn.Parameter]:
         params = self.learner.params(module)
-        if self.sharding is not None:
-            params = self.sharding.shards(module)
         return [param for param in params if param.grad is not None]
 
     def _check_and_clip(self, module: LocalModule) -> bool:
@@ -350,8 +320,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         return norm
 
     def _norm(self, params: Sequence[nn.Parameter]) -> Tensor:
-        grads = [param.grad for param in params]
-        return gradient_norm(grads) if self.sharding is None else total_norm(grads)
+        return gradient_norm([param.grad for param in params])
 
     def _skip(self, module: LocalModule) -> None:
         self._skips[module.name] += 1

@@ -130,17 +130,6 @@ def _training(folder: Path) -> list[str]:
     return _table(columns, markdown_rows(results))
 
 
-def _sharding(folder: Path) -> list[str]:
-    from man_mm.benchmark.sharding_costs import markdown_rows, read_records
-
-    columns = (
-        '| modules | model wrapper | processes | weights | optimizer | step | sum |'
-    )
-    lines = _table(columns, markdown_rows(read_records(folder)), left=0)
-    lines[1] = '|---:|---|---:|---:|---:|---:|---:|'
-    return lines
-
-
 def _pipeline(folder: Path) -> list[str]:
     from man_mm.benchmark.pipeline_costs import measured_rows, read_records
 
@@ -322,7 +311,6 @@ KINDS: dict[str, Callable] = {
     'rates': _rates,
     'probes': _probes,
     'demo': _demo,
-    'sharding': _sharding,
     'pipeline': _pipeline,
     'predictions': _predictions,
 }

@@ -307,14 +307,6 @@ def anomalous(run):
     run(dict(model_wrapper_cfg=kind))
 
 
-@row('`model_wrapper_cfg` with `ShardedModel` (splits two processes)')
-def sharded(run):
-    parts = run(dict(model_wrapper_cfg=dict(type='ShardedModel')))
-    if run.column == 'two processes':
-        parts.model.gather()
-    assert same(run().history[-1], snapshot(parts))
-
-
 @row('`FlexibleRunner` with `SingleDeviceStrategy` or `DDPStrategy`')
 def flexible_runner(run):
     kind = 'DDPStrategy' if run.column == 'two processes' else 'SingleDeviceStrategy'

@@ -1,6 +1,7 @@
 """The method in plain PyTorch; imports nothing of OpenMMLab."""
 
 from .bank import MemoryBank
+from .exact_steps import ExactSteps
 from .learner import LocalLearner
 from .partition import (
     CutPartition,
@@ -13,6 +14,7 @@ from .partition import (
 
 __all__ = [
     'CutPartition',
+    'ExactSteps',
     'LocalLearner',
     'LocalModule',
     'MemoryBank',

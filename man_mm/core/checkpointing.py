@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,31 @@ class _RequireGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _grad: Tensor) -> tuple[None, None]:
         return None, None
+
+
+def check_cut(name: str, output: Any, requires_grad: bool = True) -> None:
+    """Refuses a cut behind which nothing could be back-propagated.
+
+    Args:
+        name: Dotted name of the submodule after which the cut is.
+        output: What it returned.
+        requires_grad: Whether that has to do with gradients, as it must. Defaults to
+            True.
+
+    Raises:
+        RuntimeError: If it is not one tensor, or the region runs without gradients.
+    """
+    if not isinstance(output, Tensor):
+        raise RuntimeError(
+            f'The cut {name!r} returns {type(output).__name__}, not one tensor: cut '
+            'elsewhere.'
+        )
+    if in_checkpoint() or not (torch.is_grad_enabled() and requires_grad):
+        raise RuntimeError(
+            f'The cut {name!r} ran without gradients. It may lie inside a region that '
+            'is checkpointed or run under no_grad: move the cut to the end of that '
+            'region, or leave the region out of activation_checkpointing.'
+        )
 
 
 def in_checkpoint() -> bool:

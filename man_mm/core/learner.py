@@ -7,13 +7,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .bank import MemoryBank
 from .checkpointing import (
+    check_cut,
     checkpoints_itself,
-    in_checkpoint,
     recomputed,
     require_grad,
 )
@@ -211,8 +210,7 @@ class LocalLearner:
 
     def _enter(self, _submodule: nn.Module, args: tuple) -> tuple:
         x, *others = args
-        if self.bank is not None and reads_entry(self.heads):
-            self.bank.store(ENTRY, x)
+        self.remember_entry(x)
         if x.requires_grad:
             # What is in front is back-propagated once, through the global skip.
             leaf = x.detach().requires_grad_()
@@ -255,8 +253,8 @@ class LocalLearner:
         return hook
 
     def _keep_map(self, unit: Unit, args: tuple, output: Tensor) -> None:
-        is_map = unit.as_map is None or not isinstance(output, Tensor)
-        self._own[unit.name] = output if is_map else unit.as_map(output, args)
+        is_map = not isinstance(output, Tensor)
+        self._own[unit.name] = output if is_map else unit.map_of(output, args)
 
     def _cut(self, module: LocalModule, backward: Backward, output: Tensor) -> Tensor:
         loss = self._train(module, self._own, backward)
@@ -329,30 +327,30 @@ class LocalLearner:
         """Ends a module: the bank keeps what later heads read."""
         self.losses[module.name] = loss
         if self.bank is not None:
-            self.bank.keep([n for n in self.bank if readers(self.heads, n, module)])
-            remember(self.bank, self.heads, module, own)
-            self.bank_bytes = max(self.bank_bytes, self.bank.nbytes)
+            index = module.index
+            self.bank.keep([n for n in self.bank if readers(self.heads, n, index)])
+            self.remember(module, own)
         if self.observer is not None:
             self.observer.passed_on(module, own)
 
+    def remember(self, module: LocalModule, own: Maps) -> None:
+        """Adds what later heads read of a module to the bank, if there is one."""
+        if self.bank is not None:
+            remember(self.bank, self.heads, module, own)
+            self.bank_bytes = max(self.bank_bytes, self.bank.nbytes)
+
+    def remember_entry(self, x: Tensor) -> None:
+        """Adds what enters the first unit to the bank, if a head reads it."""
+        if self.bank is not None and reads_entry(self.heads):
+            self.bank.store(ENTRY, x)
+
     def _check(self, module: LocalModule, output: Any) -> None:
-        if not isinstance(output, Tensor):
-            raise RuntimeError(
-                f'The cut {module.cut!r} returns {type(output).__name__}, not one '
-                'tensor: cut elsewhere.'
-            )
         if len(self.losses) != module.index - self.active[0].index:
             raise RuntimeError(
                 f'The cut {module.cut!r} ran out of turn or more than once in a step: '
                 'the network has no single path there.'
             )
-        if in_checkpoint() or not (torch.is_grad_enabled() and output.requires_grad):
-            raise RuntimeError(
-                f'The cut {module.cut!r} ran without gradients. It may lie inside a '
-                'region that is checkpointed or run under no_grad: move the cut to '
-                'the end of that region, or leave the region out of '
-                'activation_checkpointing.'
-            )
+        check_cut(module.cut, output, getattr(output, 'requires_grad', False))
 
 
 def default_backward(loss: Tensor, module: LocalModule, complete: bool) -> None:

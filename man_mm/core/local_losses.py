@@ -57,17 +57,15 @@ def total_loss(losses: Losses) -> Tensor:
     return sum(value.mean() for term in terms for value in term)
 
 
-def readers(
-    heads: Sequence[nn.Module], name: str, module: LocalModule
-) -> list[nn.Module]:
-    """The heads of modules behind a given one that may read a map.
+def readers(heads: Sequence[nn.Module], name: str, index: int) -> list[nn.Module]:
+    """The heads behind a given one that may read a map.
 
     Args:
         heads: All auxiliary heads, in order.
         name: Name of the map.
-        module: The module.
+        index: Position of the given head.
     """
-    return [head for head in list(heads)[module.index + 1 :] if _reads(head, name)]
+    return [head for head in list(heads)[index + 1 :] if _reads(head, name)]
 
 
 def reads_entry(heads: Sequence[nn.Module]) -> bool:
@@ -87,7 +85,7 @@ def remember(
         own: Its maps ``(N, C, H, W)`` by unit name.
     """
     for name, map_ in own.items():
-        if later := readers(heads, name, module):
+        if later := readers(heads, name, module.index):
             average = all(getattr(head, 'reads_averages', False) for head in later)
             bank.store(name, map_, average)
 

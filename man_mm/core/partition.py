@@ -42,6 +42,15 @@ class Unit:
         if not self.parts:
             object.__setattr__(self, 'parts', (self.name,))
 
+    def map_of(self, output: Tensor, args: tuple) -> Tensor:
+        """The output as a map ``(N, C, H, W)``.
+
+        Args:
+            output: What the submodule ``name`` returned.
+            args: What it was called with.
+        """
+        return output if self.as_map is None else self.as_map(output, args)
+
 
 @dataclass(frozen=True)
 class LocalModule:

@@ -1,0 +1,233 @@
+"""Exact and joint steps: back-propagation end to end, a module at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpointing import check_cut
+from .front import Front
+from .gradient_relay import caught, injected
+from .learner import Backward, LocalLearner, default_backward
+from .local_losses import ENTRY, readers
+from .micro_batches import Maps
+from .partition import LocalModule, outlets
+from .patches import Forward, patched
+from .second_runs import SecondRun
+
+
+class ExactSteps:
+    """Trains the modules of a learner by the network's own loss, in its memory.
+
+    In `step`, modules run without a graph and keep what enters them, the boundaries.
+    The network's own loss is then back-propagated by the caller: neck and heads
+    learn, and what they read of the backbone gets its gradients. `replay` runs the
+    modules again, from the last to the first, each with a graph that is
+    back-propagated with the gradient of its output, and gone before the module before
+    it runs. The gradients equal those of plain back-propagation, bit for bit where
+    the network's operations do.
+
+    With a ``weight``, steps are *joint*: when a module runs again, its auxiliary head
+    runs too, and the gradient is that of the network's own loss plus the weighted
+    local losses. This is deep supervision (arXiv 1409.5185) without its memory.
+
+    Args:
+        learner: The learner whose modules, heads, bank, patches and micro-batches
+            are used.
+        weight: Weight of the local losses. Defaults to 0: an exact step.
+
+    Example:
+        >>> steps = ExactSteps(learner)
+        >>> with steps.step():
+        ...     loss = criterion(model(images), labels)
+        >>> loss.backward()
+        >>> steps.replay()
+        >>> optimizer.step()
+    """
+
+    def __init__(self, learner: LocalLearner, weight: float = 0.0) -> None:
+        self.learner = learner
+        self.weight = weight
+        self._runs: list[SecondRun] = []
+        self._order: Iterator[tuple[SecondRun, str]] = iter(())
+        self._next: tuple[SecondRun, str] | None = None
+        self._grads: dict[str, Tensor] = {}
+        self._frozen: Maps = {}
+        self._front: Front | None = None
+
+    @contextmanager
+    def step(self, targets: Any = None) -> Iterator[None]:
+        """Runs the modules without a graph, for the network's forward pass.
+
+        Args:
+            targets: Passed to the auxiliary heads, by `replay`.
+
+        Raises:
+            RuntimeError: If not every module runs, in order and with gradients.
+        """
+        learner = self.learner
+        self.forget()
+        learner.start(targets)
+        size = learner.micro_batch_size
+        self._runs = [SecondRun(learner.model, m, size) for m in learner.modules]
+        self._order = ((run, part) for run in self._runs for part in run.parts)
+        self._next = next(self._order)
+        try:
+            with self._patched() as stack:
+                if self.weight:
+                    self._watch_frozen(stack)
+                for run in self._runs:
+                    for part in run.parts:
+                        submodule = learner.model.get_submodule(part)
+                        wrap = partial(self._wrap, run, part)
+                        stack.enter_context(patched(submodule, wrap))
+                yield
+            if self._next is not None:
+                raise RuntimeError(
+                    f'The forward pass never ran {self._next[1]!r} in its turn: the '
+                    'network has no single path there.'
+                )
+        except BaseException:
+            self.forget()
+            raise
+
+    def replay(self, backward: Backward | None = None) -> None:
+        """Back-propagates the modules, after the network's own loss was.
+
+        Args:
+            backward: Called with a loss, its module, and whether the module's
+                gradients are complete with it, to back-propagate and, if wanted, to
+                update the module. The loss is the weighted local loss, if any, and
+                also sends the gradients of the module's outputs. Defaults to
+                ``loss.backward()``.
+
+        Raises:
+            RuntimeError: If what entered a module was changed in place since.
+        """
+        backward = backward or default_backward
+        try:
+            with self._patched():
+                while self._runs:
+                    self._replay(self._runs[-1], backward)
+                    self._runs.pop()
+                if self._front is not None:
+                    self._front.backward(self._grads.pop(ENTRY), backward)
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """Ends a step, replayed or not."""
+        self._runs = []
+        self._next = None
+        self._front = None
+        self._grads = {}
+        self._frozen = {}
+        self.learner.forget()
+
+    @contextmanager
+    def _patched(self) -> Iterator[ExitStack]:
+        with ExitStack() as stack:
+            for submodule, wrap in self.learner.patches:
+                stack.enter_context(patched(submodule, wrap))
+            yield stack
+
+    def _watch_frozen(self, stack: ExitStack) -> None:
+        """Keeps for the heads what enters the first unit, and what is not replayed."""
+        learner, run = self.learner, self._runs[0]
+        first = learner.model.get_submodule(run.module.parts[0])
+
+        def enter(_submodule: nn.Module, args: tuple) -> None:
+            learner.remember_entry(args[0])
+
+        stack.callback(first.register_forward_pre_hook(enter).remove)
+        for unit in run.module.units:
+            if unit.name in outlets(run.module) and unit.name not in run.ends:
+
+                def keep(_m: nn.Module, args: tuple, output: Tensor, unit=unit) -> None:
+                    map_ = unit.map_of(output, args).detach()
+                    self._frozen[unit.name] = map_
+                    learner.remember(run.module, {unit.name: map_})
+
+                end = learner.model.get_submodule(unit.name)
+                stack.callback(end.register_forward_hook(keep).remove)
+
+    def _wrap(self, run: SecondRun, part: str, forward: Forward) -> Forward:
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._next != (run, part):  # an activation that is used again, say
+                return forward(x, *args, **kwargs)
+            self._next = next(self._order, None)
+            if run is self._runs[0] and part == run.parts[0] and x.requires_grad:
+                self._front = Front(x, self._front_owner(), self._grads)
+            output = run.first(forward, x, *args, **kwargs)
+            if part not in run.ends:
+                return output
+            check_cut(part, output)
+            if self.weight and not run.module.is_last:
+                map_ = run.as_map(part, output)
+                self.learner.remember(run.module, {part: map_})
+            return caught(output, part, self._grads)
+
+        return call
+
+    def _front_owner(self) -> LocalModule:
+        first, last = self.learner.modules[0], self.learner.modules[-1]
+        return first if first.units[0].params else last
+
+    def _replay(self, run: SecondRun, backward: Backward) -> None:
+        module, front, modules = run.module, self._front, self.learner.modules
+        entry = modules[module.index - 1].cut if module.index else ENTRY
+        names = [name for name in (*run.ends, entry) if name in self._grads]
+        grads = [self._grads.pop(name) for name in names]
+        losses, entered = [], []
+        for index, images in enumerate(run.slices):
+            x = run.x[images].detach()
+            x.requires_grad_(module.index > 0 or front is not None)
+            outputs = run.again(index, x)
+            loss = injected(
+                [{**outputs, entry: x}[name] for name in names],
+                [grad[images] for grad in grads],
+            )
+            if self.weight and not module.is_last:
+                local = self._local_loss(run, outputs, images)
+                losses.append(local.detach())
+                loss = loss + self.weight * local
+                del local
+            del outputs
+            is_whole = images.stop == len(run.x)
+            if is_whole:
+                grads.clear()  # the backward pass frees each once it is used
+            waits = front is not None and front.owner is module
+            backward(loss, module, is_whole and not waits)
+            del loss  # before the next slice needs the memory
+            entered.append(x.grad)
+        if losses:
+            self.learner.losses[module.name] = sum(losses)
+        if entered[0] is not None:
+            whole = entered[0] if len(entered) == 1 else torch.cat(entered)
+            self._grads[entry] = whole
+
+    def _local_loss(self, run: SecondRun, outputs: Maps, images: slice) -> Tensor:
+        learner, index, count = self.learner, run.module.index, len(run.x)
+        if run.size is None:
+            images = None
+        own = {name: run.as_map(name, output) for name, output in outputs.items()}
+        if index == 0:
+            frozen = self._frozen
+            if images is not None:
+                frozen = {name: map_[images] for name, map_ in frozen.items()}
+            own = {**frozen, **own}
+        earlier: Maps = {}
+        if learner.bank is not None:
+            behind = [name for m in learner.modules[index:] for name in outlets(m)]
+            learner.bank.keep(set(learner.bank).difference(behind))
+            earlier = {
+                name: map_
+                for name, map_ in learner.bank.items()
+                if readers(learner.heads, name, index - 1)
+            }
+        return learner.local_loss(run.module, own, earlier, images, count)

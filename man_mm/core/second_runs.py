@@ -1,0 +1,137 @@
+"""A module that runs without a graph first, and once more for its backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpointing import statistics_kept
+from .micro_batches import slices_of, write_slices
+from .partition import LocalModule, outlets
+from .patches import Forward
+from .random_states import RandomState, random_state_kept
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the network called a part: what it takes beside a map, and random states."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    states: tuple[RandomState, ...]
+
+
+class SecondRun:
+    """Runs the parts of a module for the network, then again with a graph.
+
+    The second run repeats the first one exactly: it draws the same random numbers,
+    normalises by the statistics of the same batch, and updates no running statistics.
+
+    Args:
+        model: The whole network.
+        module: One of its modules.
+        micro_batch_size: Images that run through a part at a time; None for all.
+
+    Attributes:
+        parts: Names of the parts that run again, in order. Those in front of the
+            first trainable one do not, and neither do those in front of parameters
+            that belong to no part, such as a position embedding.
+        ends: Names of the parts whose outputs the network or a head needs.
+        size: Images that run through a part at a time; None for all.
+        x: What entered the first of ``parts`` in the first run ``(N, ...)``.
+    """
+
+    def __init__(
+        self, model: nn.Module, module: LocalModule, micro_batch_size: int | None
+    ) -> None:
+        self.module = module
+        self.parts = _trainable_parts(model, module)
+        self.ends = [name for name in outlets(module) if name in self.parts]
+        self.size = micro_batch_size
+        self.x: Tensor | None = None
+        self._version = 0
+        self._submodules = [model.get_submodule(part) for part in self.parts]
+        self._calls: list[_Call] = []
+
+    @property
+    def slices(self) -> list[slice]:
+        """The images that run together, once the first run has begun."""
+        count = len(self.x)
+        return slices_of(count, self.size or count)
+
+    def first(self, forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the next part without a graph.
+
+        Args:
+            forward: The part's forward function.
+            x: Its input ``(N, ...)``.
+            *args: What else the network hands to it.
+            **kwargs: Likewise.
+        """
+        if not self._calls:
+            self.x, self._version = x.detach(), x._version
+        states, whole = [], {}
+        with torch.no_grad():
+            for images in self.slices:
+                states.append(RandomState.of(x))
+                if self.size is None:
+                    whole['output'] = forward(x, *args, **kwargs)
+                else:
+                    output = forward(x[images], *args, **kwargs)
+                    write_slices(whole, {'output': output}, images, len(x))
+        self._calls.append(_Call(args, kwargs, tuple(states)))
+        return whole['output']
+
+    def as_map(self, end: str, output: Tensor) -> Tensor:
+        """The output of one of `ends` as a map ``(N, C, H, W)``."""
+        unit = next(unit for unit in self.module.units if unit.name == end)
+        args = self._calls[self.parts.index(end)].args
+        return unit.map_of(output, (output, *args))
+
+    def again(self, index: int, x: Tensor) -> dict[str, Tensor]:
+        """Runs all parts with a graph.
+
+        Args:
+            index: Number of the slice.
+            x: Its images of `x`.
+
+        Returns:
+            The outputs of `ends`, by name.
+
+        Raises:
+            RuntimeError: If what entered the module was changed in place since.
+        """
+        if self.x._version != self._version:
+            raise RuntimeError(
+                f'What enters {self.parts[0]!r} was changed in place after it had '
+                'run, so that it cannot run again: make that operation out of place, '
+                'or move the cut.'
+            )
+        outputs = {}
+        with random_state_kept(x), statistics_kept(*self._submodules):
+            parts = zip(self.parts, self._submodules, self._calls, strict=True)
+            for name, submodule, call in parts:
+                call.states[index].restore()
+                x = submodule.forward(x, *call.args, **call.kwargs)
+                x = x[0] if isinstance(x, tuple) else x  # the others are sizes
+                if name in self.ends:
+                    outputs[name] = x
+        return outputs
+
+
+def _trainable_parts(model: nn.Module, module: LocalModule) -> list[str]:
+    if module.index > 0:
+        return module.parts
+    first = module.units[0]
+    if first.params:
+        return module.parts[len(first.parts) - 1 :]
+    skipped = 0
+    for index, part in enumerate(module.parts):
+        params = list(model.get_submodule(part).parameters())
+        if any(param.requires_grad for param in params):
+            break
+        skipped = index + 1 if params or skipped else 0
+    return module.parts[skipped:]

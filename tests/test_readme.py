@@ -2,10 +2,12 @@
 
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
+from mmengine.config import Config
 
 from man_mm.leaderboard import board as leaderboard
 from man_mm.leaderboard.tables import documents
@@ -96,6 +98,35 @@ def test_the_metafile_lists_every_config(folder):
     assert all(name in card for name in configs.values())
     index = yaml.safe_load(Path('model-index.yml').read_text())['Import']
     assert f'configs/{folder}/metafile.yml' in index
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_the_metafile_says_how_long_and_on_what_each_config_trains(folder):
+    text = Path('configs', folder, 'metafile.yml').read_text()
+    for model in yaml.safe_load(text)['Models']:
+        train_cfg = Config.fromfile(model['Config']).train_cfg
+        length = {'Epochs': 'max_epochs', 'Iterations': 'max_iters'}
+        given = {k: v for k, v in model['Metadata'].items() if k in length}
+        (key,) = given
+        assert given[key] == train_cfg[length[key]], model['Name']
+        data = model['Metadata']['Training Data']
+        assert all(row['Dataset'] == data for row in model.get('Results', ()))
+
+
+def test_metafiles_use_the_words_of_openmmlab():
+    """Tasks and metrics are those that stock metafiles name, but for AP50."""
+    tasks, metrics = set(), set()
+    for path in Path('configs').glob('*/metafile.yml'):
+        for model in yaml.safe_load(path.read_text())['Models']:
+            for row in model.get('Results', ()):
+                tasks.add(row['Task'])
+                metrics.update(row['Metrics'])
+    stock = ''
+    for name in ('mmdet', 'mmpretrain', 'mmagic'):
+        folder = Path(find_spec(name).submodule_search_locations[0]) / '.mim/configs'
+        stock += ''.join(path.read_text() for path in folder.glob('*/metafile.yml'))
+    assert tasks and all(f'Task: {task}' in stock for task in tasks)
+    assert all(f' {name}: ' in stock for name in metrics - {'box AP50'})
 
 
 def test_links_of_the_documents_exist():

@@ -25,7 +25,18 @@ _BEGIN, _END = '<!-- results: {} -->', '<!-- end of results -->'
 _BLOCK = re.compile(
     r'^<!-- results: (.+?) -->\n.*?^<!-- end of results -->$', re.DOTALL | re.MULTILINE
 )
+# A model's config and metadata, behind which its results are written.
+_MODEL = re.compile(
+    r'^    Config: (?P<config>\S+)\n(?:    Metadata:\n(?:      .*\n)*)?', re.MULTILINE
+)
 _META_BEGIN, _META_END = '    # from the leaderboard', '    # end of results'
+# OpenMMLab's words for a task and its metrics; those of detection are in percent.
+_TASKS = {
+    'detection': 'Object Detection',
+    'classification': 'Image Classification',
+    'super-resolution': 'Image Super-Resolution',
+}
+_METAFILE_METRICS = {'mAP': 'box AP', 'AP50': 'box AP50', 'top-1': 'Top 1 Accuracy'}
 _DIGITS = {'PSNR': 3, 'SSIM': 4, 'mAP': 3, 'AP50': 3, 'top-1': 2, 'top-1 error': 2}
 
 
@@ -271,7 +282,16 @@ def format_metric(name: str, metric: dict) -> str:
 
 
 def update_metafile(text: str, entries: Sequence[dict]) -> str:
-    """A metafile with the results of its configs, of those that have any."""
+    """Writes the leaderboard's results into a metafile, in OpenMMLab's vocabulary.
+
+    Args:
+        text: The metafile.
+        entries: All entries of the leaderboard.
+
+    Returns:
+        The metafile with ``Results`` for each config that has an entry as it is,
+        without options of its own.
+    """
     block = rf'^{_META_BEGIN}\n.*?^{_META_END}\n'
     text = re.sub(block, '', text, flags=re.MULTILINE | re.DOTALL)
     by_config: dict[str, list[dict]] = {}
@@ -281,26 +301,30 @@ def update_metafile(text: str, entries: Sequence[dict]) -> str:
             by_config.setdefault(entry.get('config'), []).append(entry)
 
     def with_results(match: re.Match) -> str:
-        found = by_config.get(match[1])
+        found = by_config.get(match['config'])
         if not found:
             return match[0]
-        results = [
-            {
-                'Task': entry['task'].replace('-', ' ').title(),
-                'Dataset': entry['dataset'],
-                'Metrics': {
-                    k: round(m['mean'], 4) for k, m in entry['metrics'].items()
-                },
-            }
-            for entry in found
-        ]
         lines = yaml.safe_dump(
-            {'Results': results}, sort_keys=False, allow_unicode=True
+            {'Results': [_metafile_result(entry) for entry in found]},
+            sort_keys=False,
+            allow_unicode=True,
         )
         indented = ''.join(f'    {line}\n' for line in lines.splitlines())
         return f'{match[0]}{_META_BEGIN}\n{indented}{_META_END}\n'
 
-    return re.sub(r'^    Config: (\S+)\n', with_results, text, flags=re.MULTILINE)
+    return _MODEL.sub(with_results, text)
+
+
+def _metafile_result(entry: dict) -> dict:
+    metrics = {}
+    for name, metric in entry['metrics'].items():
+        percent = 100 if name in ('mAP', 'AP50') else 1
+        digits = 1 if percent == 100 else 4
+        metrics[_METAFILE_METRICS.get(name, name)] = round(
+            percent * metric['mean'], digits
+        )
+    task = _TASKS[entry['task']]
+    return {'Task': task, 'Dataset': entry['dataset'], 'Metrics': metrics}
 
 
 # Each kind of table, by the word in its marker.

@@ -214,7 +214,9 @@ def test_new_results_become_entries(root, capsys):
         for model in yaml.safe_load(update_metafile(text, entries))['Models']
         if model['Name'] == 'resnet32_k4_dgl_fashion'
     )
-    assert with_results['Results'][0]['Metrics'] == {'top-1': 87.5}
+    (result,) = with_results['Results']
+    assert result['Task'] == 'Image Classification'
+    assert result['Metrics'] == {'Top 1 Accuracy': 87.5}
     assert update_metafile(update_metafile(text, entries), []) == update_metafile(
         text, []
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import batch_of, image_pairs, labelled_images
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
@@ -101,11 +102,25 @@ def expected_modules(path, cfg):
     return 3 if cfg.model.get('backbone', {}).get('frozen_stages', -1) == 1 else 4
 
 
+def check_metafile(path, cfg):
+    """The metafile says on what the config trains, and for how long."""
+    models = yaml.safe_load((path.parent / 'metafile.yml').read_text())['Models']
+    (model,) = (model for model in models if model['Config'] == str(path))
+    length = 'Epochs' if cfg.train_cfg.get('max_epochs') else 'Iterations'
+    key = f'max_{length.lower()}'.replace('iterations', 'iters')
+    metadata = model['Metadata']
+    assert metadata.keys() == {'Training Data', length}
+    assert metadata[length] == cfg.train_cfg[key]
+    results = model.get('Results', ())
+    assert all(row['Dataset'] == metadata['Training Data'] for row in results)
+
+
 @pytest.mark.parametrize(
     'path', sorted(set(CONFIGS) - set(OTHER_DATA)), ids=lambda path: path.stem
 )
 def test_config_trains(path):
     cfg = Config.fromfile(path)
+    check_metafile(path, cfg)
     init_default_scope(cfg.default_scope)
     shrink(cfg)
     torch.manual_seed(0)
@@ -148,6 +163,8 @@ def test_other_data_sets_change_nothing_else(path):
     local = cfg.optim_wrapper.get('local_learning')
     assert local == twin.optim_wrapper.get('local_learning')
     assert (local is None) == (path in END_TO_END)
+    if path in CONFIGS:
+        check_metafile(path, cfg)
     kinds = {
         loader.dataset.type for loader in (cfg.train_dataloader, cfg.test_dataloader)
     }

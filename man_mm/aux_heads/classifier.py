@@ -25,18 +25,21 @@ def is_classifier(model: nn.Module) -> bool:
 def count_classes(model: nn.Module) -> int:
     """The number of classes of a classifier of mmpretrain.
 
+    Its head tells, or its backbone, where that classifies too, as VGG does.
+
     Raises:
-        ValueError: If its head does not tell.
+        ValueError: If neither does.
     """
-    head = getattr(model, 'head', None)
-    num_classes = getattr(head, 'num_classes', None)
-    if not is_classifier(model) or num_classes is None:
+    holders = [getattr(model, name, None) for name in ('head', 'backbone')]
+    counts = [getattr(holder, 'num_classes', None) for holder in holders]
+    counts = [count for count in counts if isinstance(count, int) and count > 0]
+    if not is_classifier(model) or not counts:
         raise ValueError(
             'Auxiliary heads of classifiers read the number of classes from '
-            f'model.head, here a {type(head).__name__} without num_classes: use a head '
-            'of mmpretrain that has it, such as LinearClsHead.'
+            f'model.head, here a {type(holders[0]).__name__} without num_classes: use '
+            'a head of mmpretrain that has it, such as LinearClsHead.'
         )
-    return num_classes
+    return counts[0]
 
 
 def linear_classifier(model: nn.Module, in_channels: int) -> nn.Module:

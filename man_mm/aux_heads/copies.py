@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from mmengine.model import kaiming_init
 from torch import nn
@@ -10,8 +11,8 @@ from torch import nn
 from man_mm.backbones import find_units
 
 
-def whole_unit(model: nn.Module, name: str) -> nn.Module:
-    """A unit of a model as one submodule; its parts are shared with the model.
+def unit_parts(model: nn.Module, name: str) -> tuple[str, ...]:
+    """Names of the submodules that a unit consists of.
 
     Args:
         model: The whole model.
@@ -27,7 +28,17 @@ def whole_unit(model: nn.Module, name: str) -> nn.Module:
             'work on maps (N, C, H, W): use another optim_wrapper.local_learning.'
             "aux_head, such as dict(type='MANHead')."
         )
-    parts = [model.get_submodule(part) for part in unit.parts]
+    return unit.parts
+
+
+def chained(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Submodules of a model that run one after another, as one, shared with it.
+
+    Args:
+        model: The whole model.
+        names: Names of the submodules.
+    """
+    parts = [model.get_submodule(name) for name in names]
     return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
 
 
@@ -41,7 +52,8 @@ def fresh_copy(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ValueError: If the unit takes or returns something else than one map.
     """
-    block = copy.deepcopy(whole_unit(model, name)).requires_grad_()
+    unit = chained(model, unit_parts(model, name))
+    block = copy.deepcopy(unit).requires_grad_()
     for module in block.modules():
         if isinstance(module, nn.Conv2d):
             kaiming_init(module)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from man_mm.core import MemoryBank
 
 from .base import AuxHead, AuxSite
-from .copies import fresh_copy, whole_unit
+from .copies import chained, fresh_copy, unit_parts
 
 _INFOPRO = dict(type='InfoProHead')
 
@@ -57,10 +57,12 @@ class MomentumHead(AuxHead):
         self.own = own.name
         self.momentum = momentum
         self.copied = following.name
+        self._parts = unit_parts(site.model, following.name)
         self.learned = fresh_copy(site.model, following.name)
         self.average = copy.deepcopy(self.learned).requires_grad_(False)
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer('updates', torch.zeros((), dtype=torch.long))
+        self._starts: bool | None = None  # unknown: to be read from ``updates``
         # The head behind finds the sum under the name of the module's own map.
         own = replace(following, name=own.name)
         site = replace(site, own=(*site.own[:-1], own))
@@ -76,8 +78,10 @@ class MomentumHead(AuxHead):
         Args:
             model: The whole model.
         """
-        unit = whole_unit(model, self.copied)
-        if self.updates == 0:
+        unit = chained(model, self._parts)
+        if self._starts is None:
+            self._starts = not self.updates
+        if self._starts:
             self.learned.load_state_dict(unit.state_dict())
             self.average.load_state_dict(unit.state_dict())
         else:
@@ -88,6 +92,11 @@ class MomentumHead(AuxHead):
             for mine, its in zip(self.average.buffers(), unit.buffers(), strict=True):
                 mine.copy_(its)
         self.updates += 1
+        self._starts = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._starts = None
 
     def forward(
         self, maps: Mapping[str, Tensor], targets: Any, bank: MemoryBank | None

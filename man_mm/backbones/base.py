@@ -114,7 +114,8 @@ def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
     """Runs the backbone once on a black image to learn the shape of every unit's map.
 
     It also proves that the units lie on one path: each one has to run once, and to
-    receive exactly the tensor that the one before it returned.
+    receive exactly the tensor that the one before it returned. What is behind the units
+    may fail, as fully connected layers do that want images of another size.
 
     Args:
         model: Model with a backbone; left as it was, modes and buffers included.
@@ -124,7 +125,8 @@ def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
         A tap of what enters the first unit, and one tap a unit.
 
     Raises:
-        ValueError: If the units are not on a single path.
+        ValueError: If the units are not on a single path, or the backbone fails on the
+            black image.
     """
     _, backbone = find_backbone(model)
     size = max(_SIZE, _STRIDE * _largest_window(backbone))
@@ -145,6 +147,13 @@ def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
     try:
         with _evaluating(backbone):
             backbone(_black(backbone, size))
+    except Exception as error:
+        if not calls[units[-1].name]:
+            raise ValueError(
+                f'{type(backbone).__name__} was run on a black image of {size}×{size} '
+                'pixels, to learn the shapes of its maps, and failed before the last '
+                f'unit, {units[-1].name!r}: {error}'
+            ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -16,6 +16,7 @@ from .checkpointing import (
     recomputed,
     require_grad,
 )
+from .entry import Entry
 from .local_losses import ENTRY, local_loss, readers, reads_entry, remember
 from .micro_batches import (
     Chain,
@@ -44,7 +45,7 @@ class LocalLearner:
 
     A network with a global skip has layers in front of its first unit, whose output
     both the first module and the last one read. They get the exact sum of both
-    gradients, in the backward pass of the network's own loss.
+    gradients, in the backward pass of the network's own loss; see `Entry`.
 
     With ``micro_batch_size``, forward and backward of a module run on some images at
     a time, between boundaries that stay whole: activations no longer grow with the
@@ -76,6 +77,7 @@ class LocalLearner:
         active: The modules that `step` trains, in order. Default: all of them.
         targets: What the heads get as ``targets``; `step` sets it, and it may be
             replaced while the model runs.
+        entry: Where the network enters its first unit.
         losses: Detached local losses of the latest step, by module name.
         bank_bytes: Most bytes that the bank held in the latest step.
         observer: Told when a module has ended, if there is one; the bank has one of
@@ -115,6 +117,7 @@ class LocalLearner:
         self.bank = bank
         self.patches = tuple(patches)
         self.micro_batch_size = micro_batch_size
+        self.entry = Entry(model, modules[0].units[0].name)
         self.targets: Any = None
         self.losses: dict[str, Tensor] = {}
         self.bank_bytes = 0
@@ -176,6 +179,7 @@ class LocalLearner:
         self.targets = targets
         self.losses = {}
         self.bank_bytes = 0
+        self.entry.clear()
         if not self._is_followed:
             for head in self.heads:
                 if hasattr(head, 'follow'):
@@ -211,12 +215,7 @@ class LocalLearner:
     def _enter(self, _submodule: nn.Module, args: tuple) -> tuple:
         x, *others = args
         self.remember_entry(x)
-        if x.requires_grad:
-            # What is in front is back-propagated once, through the global skip.
-            leaf = x.detach().requires_grad_()
-            x.register_hook(lambda g: g if leaf.grad is None else g + leaf.grad)
-            x = leaf
-        return x, *others
+        return self.entry.detach(x), *others
 
     def _arm_hooks(
         self, module: LocalModule, backward: Backward, stack: ExitStack

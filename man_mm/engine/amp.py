@@ -70,6 +70,8 @@ class AmpLocalLearningOptimWrapper(LocalLearningOptimWrapper):
             torch.amp.GradScaler(self.device_type, enabled=scales, **options)
             for _ in learner.modules
         ]
+        if scales:
+            learner.entry.rescale = self._rescale
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -115,6 +117,12 @@ class AmpLocalLearningOptimWrapper(LocalLearningOptimWrapper):
     def _scaled(self, loss: Tensor, module: LocalModule) -> Tensor:
         scaler = self.scalers[module.index]
         return scaler.scale(loss.float()) if scaler.is_enabled() else loss
+
+    def _rescale(self, grad: Tensor) -> Tensor:
+        """From the loss scale of the first module to that of the last."""
+        first, last = self.scalers[0], self.scalers[-1]
+        one = torch.ones((), device=grad.device)
+        return grad * (last.scale(one) / first.scale(one))
 
     def _check_and_clip(self, module: LocalModule) -> bool:
         scaler = self.scalers[module.index]

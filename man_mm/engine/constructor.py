@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from mmengine import registry as root
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
@@ -18,6 +17,7 @@ from man_mm.aux_heads import find_sites
 from man_mm.backbones import find_units, probe
 from man_mm.core import LocalLearner, split
 from man_mm.core.partition import Measure
+from man_mm.core.random_states import random_state_kept
 from man_mm.measure.model_costs import measure_units
 
 from .checks import (
@@ -201,7 +201,7 @@ def build_learner(
     if len(modules) > 1:
         entry, taps = probe(model, units)
         like = next(model.parameters())
-        with torch.random.fork_rng():
+        with random_state_kept(like):
             for site in find_sites(model, modules, entry, taps):
                 config = dict(copy.deepcopy(aux_head), site=site)
                 heads.append(root.MODELS.build(config).to(like))

@@ -93,7 +93,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self.update = update
         self.clip = clip
         self._measure = measure
-        self._shape: tuple[int, ...] = ()
+        self._shape: tuple[int, ...] | None = None
         self._under_way: tuple[LocalModule, Callable[[], None]] | None = None
         self._skips: Counter[str] = Counter()
 
@@ -127,9 +127,12 @@ class LocalLearningOptimWrapper(OptimWrapper):
         plain = model.module if is_model_wrapper(model) else model
         with ExitStack() as stack:
             if is_model_wrapper(model):
+                # Without its own reduction, it would broadcast buffers only once.
+                model.require_forward_param_sync = True
                 stack.enter_context(model.no_sync())
             handle = plain.register_forward_pre_hook(self._capture, with_kwargs=True)
             stack.callback(handle.remove)
+            self._shape = None
             stack.enter_context(self._explained())
             stack.enter_context(self.learner.step(backward=self.local_backward))
             yield
@@ -160,11 +163,15 @@ class LocalLearningOptimWrapper(OptimWrapper):
             loss: The model's loss, a scalar.
             step_kwargs: Arguments of ``optimizer.step``.
             zero_kwargs: Accepted for compatibility; gradients are always freed.
+
+        Raises:
+            RuntimeError: If something in front of the first unit never learns.
         """
         modules = self.learner.modules
         last = modules[-1]
         with self._explained(), self._updating(loss, last, self.should_sync()):
             self.backward(self._scaled(self.scale_loss(loss), last))
+        self.learner.entry.check()
         update = self.should_update()
         self._finish(last, update)
         self._settle()

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from mmengine import dist
+
 from man_mm.core import LocalLearner, LocalModule
 from man_mm.core.partition import Measure
 from man_mm.measure.peaks import predict
@@ -16,15 +18,19 @@ from man_mm.measure.planner import format_bytes
 def explains_out_of_memory(
     learner: LocalLearner,
     measure: Measure | None,
-    shape: Callable[[], tuple[int, ...]],
+    shape: Callable[[], tuple[int, ...] | None],
 ) -> Iterator[None]:
     """Adds to an out-of-memory error which module was running.
+
+    With several processes nothing is measured: the others are in their step, would not
+    take part in what a measurement reduces, and are to learn of the error at once.
 
     Args:
         learner: The learner whose step runs inside.
         measure: Measures what units cost for images of a shape, once the memory of
             the failed step is free again.
-        shape: Gives the shape ``(N, C, H, W)`` of the images.
+        shape: Gives the shape of the inputs, ``(N, C, H, W)`` for images; ``()`` if
+            they are no tensor, and None before the model has got them.
 
     Raises:
         RuntimeError: Of the error's own type, in its place.
@@ -51,12 +57,14 @@ def _explain(
     learner: LocalLearner,
     module: LocalModule,
     measure: Measure | None,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | None,
 ) -> str:
+    if shape is None:
+        return 'Memory ran out before the first module: the batch itself is too large.'
     first, last = module.units[0].name, module.units[-1].name
     lines = [
         f'Memory ran out in {module.name} of {len(learner.modules)} ({first!r} to '
-        f'{last!r}), with images {shape}.'
+        f'{last!r}), with inputs of shape {shape or "unknown"}.'
     ]
     try:
         peaks = _predict(learner, measure, shape)
@@ -67,11 +75,13 @@ def _explain(
             f'Its predicted peak is {format_bytes(peaks[module.index])} above model, '
             f'heads and optimizer; the largest module needs {format_bytes(max(peaks))}.'
         )
-    count, _, height, width = shape
+    options = f'--batch {shape[0]} ' if shape else ''
+    if len(shape) == 4:
+        options += f'--size {shape[2]} {shape[3]} '
     lines.append(
         'See what each module needs, and find cuts that need less, with\n'
-        f'    mim run man_mm plan_partition CONFIG --batch {count} --size {height} '
-        f'{width} --num-modules {len(learner.modules) + 1}\n'
+        f'    mim run man_mm plan_partition CONFIG {options}'
+        f'--num-modules {len(learner.modules) + 1}\n'
         'or lower the batch size, or set '
         'optim_wrapper.local_learning.micro_batch_size.'
     )
@@ -81,8 +91,8 @@ def _explain(
 def _predict(
     learner: LocalLearner, measure: Measure | None, shape: Sequence[int]
 ) -> list[int]:
-    """Peak bytes of each module."""
-    if measure is None:
+    """Peak bytes of each module; none where they cannot be measured."""
+    if measure is None or len(shape) != 4 or dist.get_world_size() > 1:
         return []
     costs = measure(shape)
     ends = [

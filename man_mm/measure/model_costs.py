@@ -17,6 +17,7 @@ from torch import nn
 from man_mm.backbones import find_units
 from man_mm.core import LocalLearner, MemoryBank
 from man_mm.core.learner import Backward
+from man_mm.core.random_states import random_state_kept
 
 from .peaks import UnitCost
 from .synthetic_batch import synthetic_batch
@@ -44,7 +45,7 @@ def measure_units(
     Returns:
         One cost for each unit that can be a module.
     """
-    with _undisturbed():
+    with _undisturbed(next(model.parameters())):
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
@@ -74,13 +75,13 @@ def measure_units(
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _undisturbed(like: torch.Tensor) -> Iterator[None]:
     """Restores random states, and keeps mmengine from logging each initial weight."""
     disabled = logging.root.manager.disable
     python, numpy = random.getstate(), np.random.get_state()
     logging.disable(logging.INFO)
     try:
-        with torch.random.fork_rng():
+        with random_state_kept(like):
             yield
     finally:
         logging.disable(disabled)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import build_cifar_classifier, build_wrapper, labelled_images
 
+from man_mm.aux_heads import copies
+
 AT = dict(type='UniformPartition', num_modules=7)
 
 
@@ -107,6 +109,31 @@ def test_scale_weighs_both_copies():
         wanted = scale * learned + (2 - scale) * average
         torch.testing.assert_close(seen[-1], wanted)
     assert not torch.allclose(*seen)  # control
+
+
+def test_units_are_looked_up_once(monkeypatch):
+    def refuse(_model):
+        raise AssertionError('looked up again')
+
+    model, wrapper = build()
+    monkeypatch.setattr(copies, 'find_units', refuse)
+    train(model, wrapper, 2)
+    with pytest.raises(AssertionError, match='again'):  # control
+        copies.unit_parts(model, wrapper.learner.heads[0].copied)
+
+
+def test_a_resumed_average_goes_on():
+    model, wrapper = build()
+    train(model, wrapper, 2)
+    state = wrapper.state_dict()
+    for other in (wrapper, build()[1]):
+        other.load_state_dict(state)
+        before = other.learner.heads[2].average.conv1.weight.clone()
+        new, _ = build()
+        other.learner.heads[2].follow(new)
+        unit = new.get_submodule(other.learner.heads[2].copied)
+        wanted = 0.9 * before + 0.1 * unit.conv1.weight
+        torch.testing.assert_close(other.learner.heads[2].average.conv1.weight, wanted)
 
 
 def test_bad_momentum():

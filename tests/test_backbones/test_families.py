@@ -6,7 +6,9 @@ parts by hand and detaches in between.
 
 import copy
 from collections import Counter
+from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from conftest import (
     labelled_images,
 )
 from mmdet.models.backbones import Darknet
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -399,3 +402,29 @@ def test_a_detector_trains(family):
     still = [name for name in before if torch.equal(before[name], after[name])]
     # RetinaNet's neck does not read the first stage.
     assert {name.split('.')[1] for name in still} <= {'norm0'}
+
+
+def test_stock_vgg_starts():
+    """Its fully connected layers want images of 224 pixels."""
+    init_default_scope('mmpretrain')
+    configs = Path(find_spec('mmpretrain').origin).parent / '.mim/configs'
+    model = MODELS.build(Config.fromfile(configs / 'vgg/vgg11bn_8xb32_in1k.py').model)
+    with pytest.raises(RuntimeError, match='cannot be multiplied'):  # control
+        model.backbone(torch.zeros(1, 3, 64, 64))
+    learner = build_wrapper(model).learner
+    assert [module.units[-1].stage for module in learner.modules] == [0, 1, 2, 3, 4]
+    assert learner.heads[0].classifier.num_classes == 1000
+
+
+def test_a_probe_that_fails_says_what_it_did():
+    model = build('vgg')
+    units = find_units(model)
+
+    def fail(*_):
+        raise RuntimeError('too small')
+
+    model.get_submodule(units[-2].name).register_forward_hook(fail)
+    message = f'VGG was run on a black image of 64×64 .*{units[-1].name}.*: too small'
+    with pytest.raises(ValueError, match=message):
+        probe(model, units)
+    assert all(module.training for module in model.modules())

@@ -142,9 +142,17 @@ class Branches(Unit):
         return super().forward(x) if x.sum() > 0 else x
 
 
+class Loops(Unit):
+    """Fails in tracing by another error than torch.fx's own."""
+
+    def forward(self, x):
+        return sum(super(Loops, self).forward(x[i : i + 1]) for i in range(len(x)))
+
+
 @pytest.mark.parametrize(
     'unit',
     [
+        Loops(CONVS['plain']),
         ReadTwice(CONVS['plain']),
         Branches(CONVS['plain']),
         Unit(nn.Conv2d(4, 6, 3, padding_mode='reflect', padding=1)),

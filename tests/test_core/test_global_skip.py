@@ -17,6 +17,7 @@ from networks import (
 )
 
 from man_mm.core import LocalLearner, MemoryBank
+from man_mm.core.entry import Entry
 
 torch.set_num_threads(1)
 
@@ -138,6 +139,39 @@ def test_of_the_local_losses_only_the_first_reaches_the_front():
         changed = [name for name in names if not torch.equal(grads[name], others[name])]
         own = (f'body.{index}.', 'front.') if index == 0 else f'body.{index}.'
         assert changed == [name for name in names if name.startswith(own)]
+
+
+def spoiled(index):
+    """Gradients with one local loss that is infinite."""
+    learner = build_global_skip()
+    forward = learner.heads[index].forward
+    learner.heads[index].forward = lambda *args: torch.inf * forward(*args)
+    return compute_grads(learner)
+
+
+def test_the_front_leaves_out_a_first_gradient_that_is_not_finite(monkeypatch):
+    last = grads_by_hand(build_global_skip(), parts=['last'])[:2]
+    check_close(spoiled(0)[:2], last)
+    check_close(spoiled(1)[:2], compute_grads(build_global_skip())[:2])
+    monkeypatch.setattr(Entry, '_admit', lambda self, grad: None)  # control
+    assert not any(grad.isfinite().all() for grad in spoiled(0)[:2])
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_a_front_without_a_skip_is_an_error(frozen):
+    learner = build_global_skip()
+    model = learner.model
+    model.front.bias.requires_grad_(not frozen)
+    compute_grads(learner)
+    learner.entry.check()  # control: trained
+    model.tail = lambda x, _shallow: model.classifier(x.mean((2, 3)))
+    compute_grads(learner)
+    names = 'front.weight' if frozen else 'front.weight, front.bias'
+    with pytest.raises(RuntimeError, match=f"^{names}: in front of .*'body.0'"):
+        learner.entry.check()
+    model.front.requires_grad_(False)
+    compute_grads(learner)
+    learner.entry.check()
 
 
 def test_a_frozen_front_stays_out():

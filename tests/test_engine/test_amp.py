@@ -9,13 +9,17 @@ from conftest import (
     batch_of,
     build_classifier,
     build_detector,
+    build_restorer,
     build_wrapper,
     detector_config,
+    image_pairs,
     labelled_images,
 )
 from mmengine.optim import build_optim_wrapper
 
 import man_mm
+from man_mm.core.entry import Entry
+from man_mm.engine.amp import AmpLocalLearningOptimWrapper
 
 
 def train(model, wrapper, batch, steps=2):
@@ -79,6 +83,45 @@ def test_overflow_skips_its_own_module_only(update, monkeypatch):
     assert all(p.grad is None for p in learner.params(learner.modules[1]))
     monkeypatch.undo()
     assert moved() == [True] * 4
+
+
+def front_update(first=256.0, last=256.0, spoil=False):
+    """How a step moves EDSR's shallow convolution, at two loss scales."""
+    model = build_restorer('edsr')
+    sgd = dict(type='SGD', lr=1.0)
+    wrapper = build_wrapper(
+        model, amp=dict(dtype='float16', loss_scale=256.0), optimizer=sgd
+    )
+    for scaler, scale in ((wrapper.scalers[0], first), (wrapper.scalers[-1], last)):
+        scaler.scale(torch.ones(()))  # or it has none yet
+        scaler.update(scale)
+    if spoil:
+        head = wrapper.learner.heads[0]
+        head.register_forward_hook(
+            lambda _m, _args, loss: {'loss': 1e38 * loss['loss']}
+        )
+    before = model.generator.conv_first.weight.detach().clone()
+    model.train_step(image_pairs(), wrapper)
+    return model.generator.conv_first.weight.detach() - before
+
+
+def test_gradients_in_front_of_the_first_unit_have_one_scale(monkeypatch):
+    expected = front_update()
+
+    def error(**scales):
+        return (front_update(**scales) - expected).norm() / expected.norm()
+
+    assert error(first=16.0) < 0.02
+    assert error(last=16.0) < 0.02
+    monkeypatch.setattr(AmpLocalLearningOptimWrapper, '_rescale', lambda self, g: g)
+    assert error(first=16.0) > 0.1 and error(last=16.0) > 1  # controls
+
+
+def test_overflow_in_the_first_module_does_not_skip_the_front(monkeypatch):
+    without = front_update(spoil=True)
+    assert without.any() and not torch.equal(without, front_update())
+    monkeypatch.setattr(Entry, '_admit', lambda self, grad: None)
+    assert not front_update(spoil=True).any()  # control
 
 
 def test_gradients_are_unscaled_before_they_are_clipped():

@@ -20,6 +20,7 @@ from mmengine.model import MMDistributedDataParallel
 
 from man_mm.engine import optim_wrapper
 from man_mm.engine.distributed import average_tensors
+from man_mm.engine.out_of_memory import explains_out_of_memory
 
 
 def free_port():
@@ -252,6 +253,78 @@ def train_without_boxes(rank, world):
 def test_a_rank_without_boxes(tmp_path):
     ranks = in_processes(train_without_boxes, tmp_path, 2)
     assert same_params(*ranks, 'retinanet')
+
+
+def first_buffers(rank, world, broadcasts):
+    """Running statistics with which each of three steps begins."""
+    model = MMDistributedDataParallel(build('classifier'), broadcast_buffers=broadcasts)
+    wrapper = build_wrapper(model)
+    norm, seen = model.module.backbone.bn1, []
+    model.module.register_forward_pre_hook(
+        lambda *_: seen.append(norm.running_mean.clone())
+    )
+    for batch in batches('classifier', 3):
+        model.train_step(share(batch, rank, world), wrapper)
+    return seen
+
+
+@pytest.mark.parametrize('broadcasts', [True, False])
+def test_buffers_are_broadcast_before_each_step(tmp_path, broadcasts):
+    ranks = in_processes(
+        lambda rank, world: first_buffers(rank, world, broadcasts), tmp_path, 2
+    )
+    equal = [torch.equal(a, b) for a, b in zip(*ranks, strict=True)]
+    assert equal == [True, broadcasts, broadcasts]  # control: without, they differ
+
+
+def run_out_of_memory(*_):
+    raise torch.OutOfMemoryError('CUDA out of memory.')
+
+
+def runs_out_of_memory(rank, port, folder):
+    """Rank 1 runs out of memory in its second step."""
+    start(rank, 2, port, seconds=50)
+    model = MMDistributedDataParallel(build('classifier'))
+    wrapper = build_wrapper(model)
+    wrapper._measure = lambda shape: (folder / 'measured').touch()
+    batch = share(batches('classifier', 1)[0], rank, 2)
+    model.train_step(batch, wrapper)
+    if rank == 1:
+        model.module.backbone.layer2.register_forward_hook(run_out_of_memory)
+    try:
+        model.train_step(batch, wrapper)
+    except RuntimeError as error:
+        (folder / f'{rank}').write_text(str(error))
+        os._exit(1)
+
+
+def test_out_of_memory_on_one_rank_ends_all(tmp_path):
+    wrapper = build_wrapper(build('classifier'))
+    explained = explains_out_of_memory(
+        wrapper.learner,
+        lambda shape: (tmp_path / 'control').touch(),
+        lambda: (2, 3, 8, 8),
+    )
+    with pytest.raises(torch.OutOfMemoryError), explained:
+        run_out_of_memory()
+    assert (tmp_path / 'control').exists()  # one process measures
+
+    context, port = mp.get_context('fork'), free_port()
+    ranks = [
+        context.Process(target=runs_out_of_memory, args=(rank, port, tmp_path))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    ranks[1].join(45)
+    ranks[0].join(5)
+    ended = [not process.is_alive() for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert ended == [True, True]
+    assert 'module3 of 4' in (tmp_path / '1').read_text()
+    assert 'Another rank' in (tmp_path / '0').read_text()
+    assert not (tmp_path / 'measured').exists()
 
 
 @pytest.mark.parametrize('trouble', ['dies', 'hangs'])

@@ -1,8 +1,12 @@
 """Options of the wrapper and its constructor, on a small real detector."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import batch_of, build_detector, build_wrapper, detector_config
+
+from man_mm.engine import constructor
 
 
 @pytest.fixture
@@ -47,6 +51,20 @@ def test_paramwise_rules_reach_the_auxiliaries(model):
     _, ours = groups_of(wrapper)
     assert {g['weight_decay'] for g in ours} == {0.0, 0.1}
     assert {g['lr'] for g in ours} == {0.2}
+
+
+def test_building_draws_no_random_numbers_of_the_run(model, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('touches all GPUs of the machine')
+
+    monkeypatch.setattr(torch.random, 'fork_rng', refuse)
+    before = torch.get_rng_state()
+    wrapper = build_wrapper(model)
+    wrapper._measure((1, 3, 64, 64))
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(constructor, 'random_state_kept', nullcontext)
+    build_wrapper(model)
+    assert not torch.equal(torch.get_rng_state(), before)  # control
 
 
 def test_frozen_stages_are_merged():

@@ -138,6 +138,43 @@ def test_out_of_memory_in_the_last_module(model):
         model.train_step(batch_of(), wrapper)
 
 
+def out_of_memory(model, wrapper, batch=None):
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        model.train_step(batch or batch_of(), wrapper)
+    assert 'CUDA out of memory' in str(caught.value)  # what torch said
+    return str(caught.value)
+
+
+@pytest.mark.parametrize('trained', [False, True])
+def test_out_of_memory_before_the_model_runs(model, trained):
+    wrapper = build_wrapper(model)
+    if trained:  # the shape of an earlier batch says nothing of this one
+        model.train_step(batch_of(), wrapper)
+    model.data_preprocessor.register_forward_pre_hook(run_out_of_cuda_memory)
+    assert 'before the first module' in out_of_memory(model, wrapper)
+
+
+@pytest.mark.parametrize(
+    'inputs, options',
+    [
+        (lambda batch: batch[:, :, None], '--batch 2 --num'),
+        (lambda batch: list(batch), 'CONFIG --num'),
+    ],
+)
+def test_out_of_memory_with_other_inputs_than_images(model, inputs, options):
+    wrapper = build_wrapper(model)
+    prepare = model.data_preprocessor.forward
+
+    def prepared(*args):
+        data = prepare(*args)
+        return dict(data, inputs=inputs(data['inputs']))
+
+    model.data_preprocessor.forward = prepared
+    model.extract_feat = run_out_of_cuda_memory
+    message = out_of_memory(model, wrapper)
+    assert 'module1 of 4' in message and options in message
+
+
 def test_other_errors_stay_as_they_are(model):
     wrapper = build_wrapper(model)
 

@@ -32,9 +32,9 @@ class AugLocalHead(AuxHead):
 
     Args:
         site: Where the head sits.
-        depth: Number of blocks in the first head. Default: 2, the paper's for
+        depth: Number of blocks in the first head. Defaults to 2, the paper's for
             ResNet-32 with K = 16.
-        tau: How much of the depth the last head lacks, in [0, 1]. Default: 0.5.
+        tau: How much of the depth the last head lacks, in [0, 1]. Defaults to 0.5.
 
     Raises:
         ValueError: If an option is out of range, the units do not work on maps, or the

@@ -19,8 +19,8 @@ def conv_block(
         in_channels: Channels of the input.
         channels: Channels of the output.
         kernel: Odd size of the kernel; padding keeps the size of the map.
-        stride: Stride. Default: 1.
-        norm: ``'GN'`` or ``'BN'``. Default: ``'GN'``.
+        stride: Stride. Defaults to 1.
+        norm: ``'GN'`` or ``'BN'``. Defaults to ``'GN'``.
     """
     return nn.Sequential(
         nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False),

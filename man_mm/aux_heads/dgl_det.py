@@ -38,10 +38,10 @@ class DGLDetHead(AuxHead):
 
     Args:
         site: Where the head sits.
-        channels: Width. Default: 64.
+        channels: Width. Defaults to 64.
         num_convs: 3×3 convolutions of the dense head before classes, and again before
-            boxes, beside the one that both share. Default: 0.
-        cls_weight: Weight of the loss for classes, as in `MANDetHead`. Default: 1.0.
+            boxes, beside the one that both share. Defaults to 0.
+        cls_weight: Weight of the loss for classes, as in `MANDetHead`. Defaults to 1.0.
 
     Raises:
         ValueError: If an option is out of range, or the model is no detector.

@@ -34,10 +34,10 @@ class InfoProHead(AuxHead):
     Args:
         site: Where the head sits.
         loss: ``'contrastive'`` or ``'cross_entropy'`` (the model's own loss, which soft
-            and several labels need). Default: ``'contrastive'``.
+            and several labels need). Defaults to ``'contrastive'``.
         lambda1: Weights of the reconstruction at the first and at the last head.
-            Default: (5.0, 0.2), those of the paper for ResNet-32 with K = 16.
-        lambda2: The same of the other loss. Default: (0.05, 0.5).
+            Defaults to (5.0, 0.2), those of the paper for ResNet-32 with K = 16.
+        lambda2: The same of the other loss. Defaults to (0.05, 0.5).
 
     Raises:
         ValueError: If an option is unknown, the image does not enter the first unit,

@@ -34,18 +34,18 @@ class MANClsHead(AuxHead):
     Args:
         site: Where the head sits.
         mode: ``'light'`` makes the SLM of `PooledSLM`; ``'faithful'`` of one block of
-            the model's own kind and full width for each later stage. Default:
+            the model's own kind and full width for each later stage. Defaults to
             ``'light'``.
         channels: Width of the light SLM and of each vector from the bank; the
-            classifier sees four times as many channels of the SLM. Default: 64.
+            classifier sees four times as many channels of the SLM. Defaults to 64.
         num_blocks: Convolutions, or blocks, of the SLM for each later stage; with 0
-            there is no SLM, and the module's own map is pooled. Default: 1.
-        use_bank: Whether to read pooled maps of earlier modules. Default: True.
+            there is no SLM, and the module's own map is pooled. Defaults to 1.
+        use_bank: Whether to read pooled maps of earlier modules. Defaults to True.
         fusion: How vectors from the bank enter: ``'concatenate'`` them to the SLM's
-            features, or ``'add'``. Default: ``'concatenate'``.
+            features, or ``'add'``. Defaults to ``'concatenate'``.
         norm: Norm of the light SLM: ``'GN'``, or ``'BN'``, which learns faster where
             the batch is large: GroupNorm takes from each image what the pooling behind
-            it could tell images apart by. Default: ``'GN'``.
+            it could tell images apart by. Defaults to ``'GN'``.
 
     Raises:
         ValueError: If an option is unknown or out of range, the model's head does not
@@ -135,8 +135,8 @@ class PooledSLM(nn.Module):
         stride: Its stride in pixels.
         later: Strides of the later stages, in order.
         channels: Width.
-        num_blocks: 3×3 convolutions for each later stage. Default: 1.
-        norm: ``'GN'`` or ``'BN'``. Default: ``'GN'``.
+        num_blocks: 3×3 convolutions for each later stage. Defaults to 1.
+        norm: ``'GN'`` or ``'BN'``. Defaults to ``'GN'``.
     """
 
     def __init__(

@@ -37,20 +37,20 @@ class MANDetHead(AuxHead):
 
     Args:
         site: Where the head sits.
-        mode: ``'light'`` or ``'faithful'``.
-        channels: Width of a light head. Default: 64.
+        mode: ``'light'`` or ``'faithful'``. Defaults to ``'light'``.
+        channels: Width of a light head. Defaults to 64.
         num_convs: 3×3 convolutions of a light head before classes, and again before
-            boxes, beside the one that both share. Default: 0.
+            boxes, beside the one that both share. Defaults to 0.
         cls_weight: Weight of a light head's loss for classes; that of the boxes' is 2,
             and 1 for centerness. From scratch, 0.25 can do better (docs/detection.md).
-            Default: 1.0.
+            Defaults to 1.0.
         num_blocks: 3×3 convolutions of a light SLM for each level coarser than the
             module's output; with 0 there is no SLM, and max pooling makes these
-            levels. Default: 1.
+            levels. Defaults to 1.
         levels: Which levels a light head predicts on: ``'all'`` of the model from
             stride 8 on, as far as there are maps for them, or the one of the module's
-            ``'own'`` stride, for which the bank is not read. Default: ``'all'``.
-        use_bank: Whether to read maps of earlier modules. Default: True.
+            ``'own'`` stride, for which the bank is not read. Defaults to ``'all'``.
+        use_bank: Whether to read maps of earlier modules. Defaults to True.
 
     Raises:
         ValueError: If an option is unknown or does not fit the model.

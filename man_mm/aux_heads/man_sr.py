@@ -29,9 +29,9 @@ class MANSRHead(AuxHead):
 
     Args:
         site: Where the head sits.
-        channels: Width. Default: None, half of the channels of the module's output.
-        num_blocks: Residual blocks in the SLM. Default: 1.
-        use_bank: Whether to read the shallow features, or the image. Default: True.
+        channels: Width. Defaults to None, half of the channels of the module's output.
+        num_blocks: Residual blocks in the SLM. Defaults to 1.
+        use_bank: Whether to read the shallow features, or the image. Defaults to True.
 
     Raises:
         ValueError: If an option is out of range, or the model of another kind.

@@ -36,8 +36,8 @@ class MomentumHead(AuxHead):
 
     Args:
         site: Where the head sits.
-        momentum: Share of the old average in each update, in [0, 1). Default: 0.995.
-        head: Config of the head behind. Default: ``InfoProHead``, as published.
+        momentum: Share of the old average in each update, in [0, 1). Defaults to 0.995.
+        head: Config of the head behind. Defaults to ``InfoProHead``, as published.
 
     Raises:
         ValueError: If ``momentum`` is out of range, or the next unit does not work on

@@ -31,7 +31,7 @@ class PredSimHead(AuxHead):
 
     Args:
         site: Where the head sits.
-        beta: Weight of the similarity matching loss, in [0, 1]. Default: 0.99.
+        beta: Weight of the similarity matching loss, in [0, 1]. Defaults to 0.99.
 
     Raises:
         ValueError: If ``beta`` is out of range, or the model is no classifier that

@@ -58,10 +58,10 @@ class LocalPyramid(nn.Module):
         maps: Maps that are readable, the module's output last. Of several maps
             with one stride the last is taken.
         levels: Strides of the levels to return, in pixels, powers of two.
-        channels: Width of every level. Default: 64.
+        channels: Width of every level. Defaults to 64.
         num_blocks: 3×3 convolutions of the SLM for each coarser level; with 0 there
             is no SLM, and max pooling makes these levels, as mmdet's FPN does.
-            Default: 1.
+            Defaults to 1.
     """
 
     def __init__(

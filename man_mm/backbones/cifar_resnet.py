@@ -26,11 +26,11 @@ class CIFARResNet(BaseModule):
 
     Args:
         depth: Number of layers, 6n + 2.
-        in_channels: Channels of the images. Default: 3.
-        base_channels: Channels of the first stage. Default: 16.
+        in_channels: Channels of the images. Defaults to 3.
+        base_channels: Channels of the first stage. Defaults to 16.
         with_cp: Whether to recompute the blocks in the backward pass (activation
-            checkpointing). Default: False.
-        init_cfg: Initial weights. Default: those of He et al. 2015.
+            checkpointing). Defaults to False.
+        init_cfg: Initial weights. Defaults to those of He et al. 2015.
 
     Raises:
         ValueError: If ``depth`` is not 6n + 2 with n at least 1.
@@ -78,8 +78,8 @@ class BasicBlock(nn.Module):
     Args:
         in_channels: Channels of the input.
         channels: Channels of the output, at least as many.
-        stride: Stride. Default: 1.
-        with_cp: Whether to recompute the block in the backward pass. Default: False.
+        stride: Stride. Defaults to 1.
+        with_cp: Whether to recompute the block in the backward pass. Defaults to False.
     """
 
     def __init__(

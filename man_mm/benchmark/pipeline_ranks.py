@@ -40,7 +40,7 @@ class Trainer:
     Args:
         args: Arguments of the tool.
         group: Processes that share the modules.
-        sizes: Modules of each. Default: all on the only one.
+        sizes: Modules of each. Defaults to all on the only one.
     """
 
     def __init__(

@@ -100,7 +100,7 @@ def measure(
         size: Height and width of the images in pixels.
         batch: Images in a step.
         repeats: Timed steps a scheme.
-        schemes: The schemes. Default: those of `default_schemes` that the config
+        schemes: The schemes. Defaults to those of `default_schemes` that the config
             allows.
         device: Where to train.
         console: Where progress is shown.

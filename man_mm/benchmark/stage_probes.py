@@ -56,7 +56,7 @@ def read_features(
     Args:
         cfg: Config with a ``val_dataloader``.
         model: A classifier of mmpretrain or a detector of mmdet, trained.
-        count: Images, from the first. Default: all.
+        count: Images, from the first. Defaults to all.
 
     Returns:
         For the last unit of each stage, features ``(M, C)`` of M objects or images;

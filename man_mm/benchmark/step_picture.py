@@ -106,7 +106,7 @@ def record_step(cfg, scheme: str, shape: tuple[int, ...], modules=None) -> tuple
         cfg: Config of a model trained by local learning.
         scheme: As of `benchmark`.
         shape: Shape ``(N, C, H, W)`` of the batch.
-        modules: Modules to tell apart. Default: those that the scheme trains.
+        modules: Modules to tell apart. Defaults to those that the scheme trains.
 
     Returns:
         The moments that matter, and the modules.

@@ -40,10 +40,10 @@ class MemoryBank(Mapping[str, Tensor]):
         observer: Sees every change of the maps, if there is one. Defaults to None.
 
     Args:
-        long_term: Whether to keep long-term memory.
+        long_term: Whether to keep long-term memory. Defaults to True.
         momentum: Share of the old value in each update of the long-term memory, in
             [0, 1). The first updates are plain averages, so there is no start-up
-            bias.
+            bias. Defaults to 0.99.
 
     Raises:
         ValueError: If ``momentum`` is outside [0, 1).
@@ -84,7 +84,7 @@ class MemoryBank(Mapping[str, Tensor]):
         Args:
             name: Name of the unit that made the map.
             map_: Feature map ``(N, C, H, W)``; kept detached, without a copy.
-            average: Keep its averages ``(N, C, 1, 1)`` only. Default: False.
+            average: Keep its averages ``(N, C, 1, 1)`` only. Defaults to False.
         """
         map_ = map_.detach()
         if self.long_term:

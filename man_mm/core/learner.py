@@ -71,10 +71,10 @@ class LocalLearner:
         bank: Memory bank, or None for heads that see their own module only.
         patches: Submodules of network or heads, each with a wrapper for its forward
             function that is in place during a step only.
-        micro_batch_size: Images that run through a module at a time. Default: all.
+        micro_batch_size: Images that run through a module at a time. Defaults to all.
 
     Attributes:
-        active: The modules that `step` trains, in order. Default: all of them.
+        active: The modules that `step` trains, in order. Defaults to all of them.
         targets: What the heads get as ``targets``; `step` sets it, and it may be
             replaced while the model runs.
         entry: Where the network enters its first unit.

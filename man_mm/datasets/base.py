@@ -21,7 +21,7 @@ class ImageArrays(BaseDataset):
 
     Args:
         data_root: Folder with the files.
-        split: ``'train'`` or ``'test'``. Default: ``'train'``.
+        split: ``'train'`` or ``'test'``. Defaults to ``'train'``.
         **kwargs: Arguments of mmengine's ``BaseDataset``, such as ``pipeline`` and
             ``indices``.
 

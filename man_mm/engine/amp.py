@@ -30,8 +30,8 @@ class AmpLocalLearningOptimWrapper(LocalLearningOptimWrapper):
         optimizer: See `LocalLearningOptimWrapper`.
         learner: See there.
         loss_scale: ``'dynamic'``, a fixed number, or arguments of
-            ``torch.amp.GradScaler``. Default: ``'dynamic'``.
-        dtype: ``'float16'`` or ``'bfloat16'``. Default: None, what autocast prefers:
+            ``torch.amp.GradScaler``. Defaults to ``'dynamic'``.
+        dtype: ``'float16'`` or ``'bfloat16'``. Defaults to None, what autocast prefers:
             ``float16`` on GPUs and ``bfloat16`` on CPUs.
         **kwargs: Of `LocalLearningOptimWrapper`.
 

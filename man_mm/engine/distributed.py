@@ -82,7 +82,7 @@ def gradient_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
 
     Args:
         grads: Gradients, at least one.
-        norm_type: Order of the norm. Default: 2.
+        norm_type: Order of the norm. Defaults to 2.
     """
     norms = [torch.linalg.vector_norm(grad, norm_type) for grad in grads]
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)

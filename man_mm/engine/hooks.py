@@ -24,8 +24,8 @@ class MemoryBankHook(Hook):
     an uninterrupted one does.
 
     Args:
-        long_term: Whether the bank keeps long-term memory. Default: True.
-        momentum: Its momentum, in [0, 1). Default: 0.99.
+        long_term: Whether the bank keeps long-term memory. Defaults to True.
+        momentum: Its momentum, in [0, 1). Defaults to 0.99.
     """
 
     def __init__(self, long_term: bool = True, momentum: float = 0.99) -> None:

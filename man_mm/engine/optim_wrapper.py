@@ -46,12 +46,12 @@ class LocalLearningOptimWrapper(OptimWrapper):
             backward pass; ``'iteration'`` steps all modules at the end;
             ``'parameter'`` steps and frees each gradient as soon as it is complete,
             on one process and without ``clip_grad``. All give the same weights.
-            Default: ``'module'``.
+            Defaults to ``'module'``.
         clip: ``'module'`` applies ``clip_grad`` to each module with its head alone;
             ``'global'`` to all together, which needs ``update='iteration'``.
-            Default: ``'module'``.
+            Defaults to ``'module'``.
         measure: Measures what units cost for images of a shape, to tell where memory
-            ran out; see `man_mm.measure.model_costs.measure_units`. Default: None.
+            ran out; see `man_mm.measure.model_costs.measure_units`. Defaults to None.
         **kwargs: ``accumulative_counts`` and ``clip_grad`` of ``OptimWrapper``.
 
     Raises:

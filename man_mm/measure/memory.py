@@ -50,13 +50,14 @@ def measure_memory(
 
     Args:
         fn: Called without arguments; its result is dropped.
-        device: The device whose storages count. Default: ``'cpu'``.
+        device: The device whose storages count. Defaults to ``'cpu'``.
         groups: Modules, or lists of them, by the name under which their bytes are
-            reported. Default: those of the learner, if there is one.
-        learner: Learner that ``fn`` trains, if any. Default: None.
+            reported. Defaults to those of the learner, if there is one.
+        learner: Learner that ``fn`` trains, if any. Defaults to None.
         split: Whether to split the peak; it stays the same. False for what forbids
-            hooks on saved tensors, such as ``torch.func.grad``. Default: True.
-        watch: Called with the bytes alive after each op, and at the end. Default: None.
+            hooks on saved tensors, such as ``torch.func.grad``. Defaults to True.
+        watch: Called with the bytes alive after each op, and at the end. Defaults to
+            None.
 
     Returns:
         Bytes above the start of the call.
@@ -114,11 +115,11 @@ class MemoryReport:
     Attributes:
         peak: Most bytes of new storages alive at once.
         end: Bytes of new storages still alive after the call.
-        allocated: Peak of the CUDA allocator's blocks in use. Default: None.
-        reserved: Peak of what the CUDA allocator holds. Default: None.
-        requested: Peak of what the blocks in use were asked for. Default: None.
-        kinds: ``peak`` by what the bytes are for. Default: empty.
-        modules: ``peak`` by the group of modules that made them. Default: empty.
+        allocated: Peak of the CUDA allocator's blocks in use. Defaults to None.
+        reserved: Peak of what the CUDA allocator holds. Defaults to None.
+        requested: Peak of what the blocks in use were asked for. Defaults to None.
+        kinds: ``peak`` by what the bytes are for. Empty by default.
+        modules: ``peak`` by the group of modules that made them. Empty by default.
     """
 
     peak: int

@@ -74,10 +74,10 @@ class MemorySplit:
 
     Args:
         groups: Modules, or lists of them, by the name of their group; of nested ones,
-            the innermost counts. Default: with a learner, its modules by their names,
-            and ``'neck and heads'`` for the rest of its model.
+            the innermost counts. Defaults to the learner's modules by their names and
+            ``'neck and heads'`` for the rest of its model, if there is a learner.
         learner: Learner whose boundaries, bank and heads count as such. Its heads are
-            the group ``'auxiliaries'``, its bank is one as well. Default: None.
+            the group ``'auxiliaries'``, its bank is one as well. Defaults to None.
 
     Attributes:
         accumulates: Whether the running op may make the gradient of a leaf.

@@ -40,7 +40,7 @@ def measure_units(
         build: Builds a learner from a model and the config of a partition.
         shape: Shape ``(N, C, H, W)`` of the batch.
         plain: Whether to run the network as it is, without folding, recomputing and
-            micro-batches, as end-to-end training does. Default: False.
+            micro-batches, as end-to-end training does. Defaults to False.
 
     Returns:
         One cost for each unit that can be a module.

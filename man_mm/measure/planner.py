@@ -92,9 +92,10 @@ class BalancedPartition:
     moment while it updates, which matters where images are tiny.
 
     Args:
-        num_modules: Number of modules K, or None for ``memory_budget``.
+        num_modules: Number of modules K. Defaults to None, as many as ``memory_budget``
+            asks for.
         memory_budget: Most bytes of a module, such as ``'6GiB'``, ``'800MiB'`` or a
-            number; the fewest modules that fit are taken.
+            number; the fewest modules that fit are taken. Defaults to None.
         input_shape: Shape ``(N, C, H, W)`` of the largest batch on one device.
 
     Raises:

@@ -39,7 +39,7 @@ def measure_costs(
             its gradients are dropped, buffers change as in any step.
         step: Runs a training step. It is given the ``backward`` for ``learner.step``,
             which it also has to call for the last module, with the network's own loss.
-        device: The device whose bytes count. Default: ``'cpu'``.
+        device: The device whose bytes count. Defaults to ``'cpu'``.
 
     Returns:
         One cost for each module of the learner.
@@ -64,7 +64,7 @@ def measure_modules(
     Args:
         learner: The learner that the step uses.
         step: Runs one training step, whose optimizer should have its state already.
-        device: The device whose bytes count. Default: ``'cpu'``.
+        device: The device whose bytes count. Defaults to ``'cpu'``.
     """
     timeline, peaks = _Timeline(torch.device(device)), []
     with ExitStack() as stack:

@@ -25,7 +25,7 @@ class Channel:
 
     Args:
         device: Where tensors live; one that the group's backend can send.
-        group: Process group. Default: the default group.
+        group: Process group. Defaults to the default group.
         in_flight: Packets that may be under way before `send` waits.
 
     Attributes:

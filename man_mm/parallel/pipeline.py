@@ -41,16 +41,16 @@ class ModulePipeline:
 
     Args:
         learner: The learner, with its bank, if any.
-        sizes: How many consecutive modules each rank trains. Default: as equally many
-            as possible, more on the first ranks.
+        sizes: How many consecutive modules each rank trains. Defaults to an even
+            split, in which the first ranks get one more where it does not divide.
         reads: Names of the units whose output the network itself reads, beside the
             next unit: those of necks and skip connections. They travel to the last
-            rank. Default: the ends of all stages, and whatever units say.
+            rank. Defaults to the ends of all stages, and whatever units say.
         in_flight: Batches that a rank may be ahead of the next one, beside those that
-            the two work on. Each holds a packet in memory. Default: 2.
-        group: Process group. Default: the default group. Its timeout is the time that
-            a rank waits for another one. If not all ranks build a pipeline, make all
-            groups before: torch counts groups, and a pipeline makes one.
+            the two work on. Each holds a packet in memory. Defaults to 2.
+        group: Process group, whose timeout is how long a rank waits for another one.
+            If not all ranks build a pipeline, create all groups before: torch counts
+            groups, and a pipeline creates one. Defaults to the default group.
 
     Attributes:
         modules: The modules of this rank.
@@ -118,7 +118,7 @@ class ModulePipeline:
                 on one process. It is left at the last cut of this rank.
             targets: Passed to the auxiliary heads.
             backward: As in `LocalLearner.step`; also called with the network's own
-                loss, on the last rank. Default: ``loss.backward()``.
+                loss, on the last rank. Defaults to ``loss.backward()``.
 
         Returns:
             The network's own loss, detached; None on other ranks than the last.

@@ -57,7 +57,8 @@ def predict_step(
         sizes: How many modules each rank has.
         sent: Bytes of the packet that would be sent after each module but the last.
         link: Between neighbours.
-        slowdown: Of one rank while all others work. Default: 1, processors of its own.
+        slowdown: Of one rank while all others work. Defaults to 1, as with processors
+            of its own.
     """
     ends = list(accumulate(sizes))[:-1]
     waits = [0.0, *(link.seconds(sent[end - 1]) for end in ends)]

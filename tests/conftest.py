@@ -77,6 +77,28 @@ def batch_of(size: int = 2, height: int = 64, width: int = 96, classes: int = 80
     return demo_mm_inputs(size, shape, num_items=boxes, num_classes=classes)
 
 
+def detection_targets(masks: bool = False):
+    from mmdet.testing import demo_mm_inputs
+
+    batch = demo_mm_inputs(
+        2, (3, 64, 64), num_items=[3, 3], num_classes=80, with_mask=masks
+    )
+    for sample in batch['data_samples']:
+        sample.set_metainfo(dict(pad_shape=(64, 64)))
+    return batch['data_samples']
+
+
+def watch_gradients(wrapper, named_parameters):
+    """A list that notes at each update which parameters have a gradient, by name."""
+    named, seen = list(named_parameters), []
+
+    def note(*_):
+        seen.extend((name, param.grad is not None) for name, param in named)
+
+    wrapper.optimizer.register_step_pre_hook(note)
+    return seen
+
+
 def check_local_losses_fall(model, batch, steps, **local_learning):
     wrapper = build_wrapper(
         model, optimizer=dict(type='AdamW', lr=1e-3), **local_learning

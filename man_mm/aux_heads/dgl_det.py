@@ -13,7 +13,7 @@ from man_mm.core import MemoryBank
 
 from .base import AuxHead, AuxSite
 from .blocks import conv_block
-from .man_det import (
+from .detector import (
     LightDetector,
     check_options,
     find_levels,

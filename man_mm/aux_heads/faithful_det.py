@@ -74,7 +74,7 @@ class FaithfulDetector(nn.Module):
             outputs[stage] if name is None else maps[name]
             for stage, name in self.inputs
         ]
-        return self.detector.loss(tuple(levels), _copies(targets))
+        return self.detector.loss(tuple(levels), copy_targets(targets))
 
     def train(self, mode: bool = True) -> FaithfulDetector:
         """Sets the mode; BatchNorm of the blocks follows the backbone's habit."""
@@ -86,8 +86,12 @@ class FaithfulDetector(nn.Module):
         return self
 
 
-def _copies(targets: Sequence[Any]) -> list[Any]:
-    """Data samples of the same values, for losses that replace fields of theirs."""
+def copy_targets(targets: Sequence[Any]) -> list[Any]:
+    """Data samples of the same values, for losses that replace fields of theirs.
+
+    Args:
+        targets: Data samples of mmdet, which stay as they are.
+    """
     copies = [sample.clone() for sample in targets]
     for sample in copies:
         sample.set_data({name: field.clone() for name, field in sample.items()})

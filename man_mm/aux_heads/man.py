@@ -10,9 +10,11 @@ from torch import nn
 
 from .base import AuxHead, AuxSite
 from .classifier import is_classifier
+from .detector import is_detector
 from .man_cls import MANClsHead
-from .man_det import MANDetHead, is_detector
-from .man_sr import MANSRHead, is_restorer
+from .man_det import MANDetHead
+from .man_sr import MANSRHead
+from .restorer import is_restorer
 
 
 @root.MODELS.register_module()

@@ -14,6 +14,7 @@ from man_mm.backbones import find_backbone, find_scale, image_channels
 from man_mm.core import MemoryBank
 
 from .base import AuxHead, AuxSite
+from .restorer import is_restorer
 
 
 @root.MODELS.register_module()
@@ -117,14 +118,3 @@ class _ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(self.relu(self.conv1(x)))
-
-
-def is_restorer(model: nn.Module) -> bool:
-    """Whether a model of mmagic is trained by a pixel loss on ``gt_img``.
-
-    Classes are known by name, as mmagic need not be installed.
-    """
-    names = {cls.__name__ for cls in type(model).__mro__}
-    return 'BaseEditModel' in names and isinstance(
-        getattr(model, 'pixel_loss', None), nn.Module
-    )

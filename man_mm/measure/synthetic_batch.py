@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from man_mm.aux_heads.classifier import is_classifier
-from man_mm.aux_heads.man_det import heads_of, is_detector, num_classes
-from man_mm.aux_heads.man_sr import is_restorer
+from man_mm.aux_heads.detector import heads_of, is_detector, num_classes
+from man_mm.aux_heads.restorer import is_restorer
 from man_mm.backbones import find_backbone, find_scale
 
 _OBJECTS = 8

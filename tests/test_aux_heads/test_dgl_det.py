@@ -9,6 +9,7 @@ from conftest import (
     build_wrapper,
     check_local_losses_fall,
     detector_config,
+    watch_gradients,
 )
 from torch import nn
 
@@ -24,14 +25,9 @@ def build(kind='retinanet', head=DGL, **kwargs):
 
 def test_every_parameter_learns_without_a_bank(kind):
     model, wrapper = build(kind, update='iteration')
-    got = []
-    wrapper._step = lambda modules: got.extend(
-        (name, p.grad is not None)
-        for name, p in (
-            *wrapper.learner.heads.named_parameters(),
-            *model.named_parameters(),
-        )
-    )
+    heads = wrapper.learner.heads
+    named = (*heads.named_parameters(), *model.named_parameters())
+    got = watch_gradients(wrapper, named)
     assert torch.isfinite(model.train_step(batch_of(), wrapper)['loss'])
     assert list(wrapper.learner.losses) == ['module1', 'module2', 'module3']
     assert got and not [name for name, has in got if not has]

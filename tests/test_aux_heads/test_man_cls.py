@@ -10,6 +10,7 @@ from conftest import (
     build_wrapper,
     check_local_losses_fall,
     labelled_images,
+    watch_gradients,
 )
 from mmengine.registry import MODELS, init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,11 +79,8 @@ def test_every_parameter_of_the_heads_learns(kind, depth):
     head, model = KINDS[kind]
     model = build_classifier(depth, head, **model)
     wrapper = build_wrapper(model, update='iteration')
-    got, calls = [], watch(wrapper.learner.heads[0])
-    wrapper._step = lambda modules: got.extend(
-        (name, p.grad is not None)
-        for name, p in wrapper.learner.heads.named_parameters()
-    )
+    calls = watch(wrapper.learner.heads[0])
+    got = watch_gradients(wrapper, wrapper.learner.heads.named_parameters())
     for _ in range(2):
         logs = model.train_step(labelled_images(), wrapper)
         assert torch.isfinite(logs['loss'])

@@ -14,11 +14,13 @@ setup:  ## create .venv with everything that is needed (first time: 5 to 25 minu
 demo: setup  ## train and compare on real images, on the CPU
 	@$(VENV_PYTHON) tools/misc/demo.py
 
-lint: setup  ## check style and formatting with ruff
+lint: setup  ## check style, formatting and which room imports which
 	@echo '== ruff check'
 	@$(VENV_PYTHON) -m ruff check .
 	@echo '== ruff format --check'
 	@$(VENV_PYTHON) -m ruff format --check .
+	@echo '== lint-imports'
+	@.venv/bin/lint-imports --no-cache
 
 test: lint  ## check the style, then run the tests
 	@echo '== pytest, a process on each core'
@@ -28,5 +30,5 @@ site: setup  ## write the leaderboard's pages to site/, and its tables to the do
 	@$(VENV_PYTHON) tools/analysis_tools/leaderboard.py build
 
 clean:  ## remove .venv, build output and caches (keeps data and work_dirs)
-	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -143,6 +143,19 @@ def test_the_index_lists_every_page():
     assert listed == {page.name for page in PAGES} - {'README.md'}
 
 
+# The map of the rooms
+
+
+def test_the_map_has_the_layers_of_the_contract():
+    contract = re.search(
+        r'^layers = \[\n(.*?)^\]', Path('pyproject.toml').read_text(), re.M | re.S
+    )
+    *layers, lowest = re.findall(r"'(.+)'", contract[1])
+    page = Path('docs/contributing.md').read_text()
+    rooms = re.findall(r'^\| `man_mm/(\w+)/`', page, re.M)
+    assert rooms == [*layers, *lowest.split(' | ')[:2]]
+
+
 # The notebook
 
 

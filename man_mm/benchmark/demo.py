@@ -23,8 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from man_mm import __version__
 from man_mm.datasets.make_digits import make_digits
+from man_mm.version import __version__
 
 from .scheme_costs import MIB, load_config, measure
 

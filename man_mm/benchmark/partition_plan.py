@@ -26,12 +26,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from man_mm import BalancedPartition, LocalLearningOptimWrapperConstructor
 from man_mm.aux_heads.classifier import is_classifier
 from man_mm.backbones import find_backbone, image_channels
 from man_mm.core.partition import Measure
-from man_mm.engine import build_learner
+from man_mm.engine import LocalLearningOptimWrapperConstructor, build_learner
 from man_mm.engine.constructor import LEARNER_OPTIONS
+from man_mm.measure import BalancedPartition
 from man_mm.measure.model_costs import measure_units
 from man_mm.measure.peaks import KINDS, Plan, PlannedModule, predict
 from man_mm.measure.planner import plan_modules

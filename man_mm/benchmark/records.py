@@ -17,7 +17,7 @@ import mmengine
 import torch
 from rich.table import Table
 
-from man_mm import __version__
+from man_mm.version import __version__
 
 MIB = 2**20
 BASE = 'end-to-end'

@@ -8,9 +8,6 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-# Registers this package's parts and lets torch load mmengine's checkpoints.
-import man_mm  # noqa: F401
-
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Create a parser with the arguments that both scripts take."""

@@ -39,6 +39,16 @@ class AugLocalHead(AuxHead):
     Raises:
         ValueError: If an option is out of range, the units do not work on maps, or the
             model is no classifier that tells its number of classes.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm import build_learner
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> partition = dict(type='StagePartition')
+        >>> aux_head = dict(type='AugLocalHead', depth=2)
+        >>> learner = build_learner(model, partition, aux_head)
+        >>> [type(head).__name__ for head in learner.heads]
+        ['AugLocalHead', 'AugLocalHead', 'AugLocalHead']
     """
 
     def __init__(self, site: AuxSite, depth: int = 2, tau: float = 0.5) -> None:
@@ -73,6 +83,11 @@ def spread(taps: tuple[Tap, ...], count: int) -> list[Tap]:
     Args:
         taps: What to take from.
         count: How many; at least one, and all if there are fewer.
+
+    Examples:
+        >>> from man_mm.aux_heads.auglocal import spread
+        >>> spread(('a', 'b', 'c', 'd'), count=2)
+        ['b', 'd']
     """
     count = min(max(count, 1), len(taps))
     return [taps[round(len(taps) * i / count) - 1] for i in range(1, count + 1)]

@@ -31,6 +31,21 @@ class AuxSite:
             network with a global skip. In the bank of heads whose ``reads`` name it.
         path: Taps of all units of the network, in the order in which they run.
         num_modules: Number of modules K of the network.
+
+    Examples:
+        >>> from torch import nn
+        >>> from man_mm import CIFARResNet, StagePartition, split
+        >>> from man_mm.aux_heads import find_sites
+        >>> from man_mm.backbones import find_units, probe
+        >>> model = nn.Module()
+        >>> model.backbone = CIFARResNet(depth=8)
+        >>> units = find_units(model)
+        >>> modules = split(model, units, StagePartition().cuts(units))
+        >>> first, second = find_sites(model, modules, *probe(model, units))
+        >>> second.own
+        (Tap(name='backbone.layer2.0', stage=1, channels=32, stride=2),)
+        >>> [tap.name for tap in second.earlier]
+        ['backbone.layer1.0']
     """
 
     model: nn.Module
@@ -62,6 +77,26 @@ class AuxHead(nn.Module, ABC):
         reads: Names of the maps of earlier modules that `forward` looks up, which
             thus have to live until then; None for any of ``site.earlier``.
         reads_averages: Whether averages ``(N, C, 1, 1)`` of these maps will do.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.nn.functional import cross_entropy
+        >>> from man_mm import AuxHead
+        >>> class PooledHead(AuxHead):
+        ...     def __init__(self, site, num_classes=10):
+        ...         super().__init__()
+        ...         self.own = site.own[-1].name
+        ...         self.classifier = nn.Linear(site.own[-1].channels, num_classes)
+        ...
+        ...     def forward(self, maps, targets, bank):
+        ...         pooled = maps[self.own].mean((2, 3))
+        ...         return cross_entropy(self.classifier(pooled), targets)
+        >>> site = SimpleNamespace(own=[SimpleNamespace(name='layer1', channels=8)])
+        >>> maps = dict(layer1=torch.rand(2, 8, 4, 4))
+        >>> PooledHead(site)(maps, targets=torch.tensor([3, 7]), bank=None).shape
+        torch.Size([])
     """
 
     needs_bank: bool = False

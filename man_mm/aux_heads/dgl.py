@@ -32,6 +32,15 @@ class DGLHead(AuxHead):
 
     Raises:
         ValueError: If the model is no classifier that tells its number of classes.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm import build_learner
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> partition, aux_head = dict(type='StagePartition'), dict(type='DGLHead')
+        >>> learner = build_learner(model, partition, aux_head)
+        >>> [type(head).__name__ for head in learner.heads]
+        ['DGLHead', 'DGLHead', 'DGLHead']
     """
 
     def __init__(self, site: AuxSite) -> None:

@@ -45,6 +45,15 @@ class DGLDetHead(AuxHead):
 
     Raises:
         ValueError: If an option is out of range, or the model is no detector.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm import build_learner
+        >>> model = get_model('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
+        >>> partition, aux_head = dict(type='StagePartition'), dict(type='DGLDetHead')
+        >>> learner = build_learner(model, partition, aux_head)
+        >>> [type(head).__name__ for head in learner.heads]
+        ['DGLDetHead', 'DGLDetHead']
     """
 
     reads = frozenset()

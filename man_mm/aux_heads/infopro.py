@@ -42,6 +42,15 @@ class InfoProHead(AuxHead):
     Raises:
         ValueError: If an option is unknown, the image does not enter the first unit,
             or the model is no classifier that tells its number of classes.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm import build_learner
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> partition, aux_head = dict(type='StagePartition'), dict(type='InfoProHead')
+        >>> learner = build_learner(model, partition, aux_head)
+        >>> [type(head).__name__ for head in learner.heads]
+        ['InfoProHead', 'InfoProHead', 'InfoProHead']
     """
 
     needs_bank = True  # holds the image
@@ -128,6 +137,14 @@ def contrastive_loss(features: Tensor, labels: Tensor) -> Tensor:
     Args:
         features: Features ``(N, D)`` of any length.
         labels: Classes ``(N,)``.
+
+    Examples:
+        >>> import torch
+        >>> from man_mm.aux_heads.infopro import contrastive_loss
+        >>> features, labels = torch.eye(4)[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1])
+        >>> others = labels[[0, 2, 1, 3]]
+        >>> contrastive_loss(features, labels) < contrastive_loss(features, others)
+        tensor(True)
     """
     rows = F.normalize(features, dim=1)
     itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)

@@ -28,6 +28,16 @@ def MANHead(site: AuxSite, **options: Any) -> AuxHead:  # noqa: N802
     Raises:
         ValueError: If there is no MAN head for models of this kind, or it does not
             have one of the options.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm import build_learner
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> partition = dict(type='StagePartition')
+        >>> aux_head = dict(type='MANHead', channels=32)
+        >>> learner = build_learner(model, partition, aux_head)
+        >>> [type(head).__name__ for head in learner.heads]
+        ['MANClsHead', 'MANClsHead', 'MANClsHead']
     """
     head = _head_for(site.model)
     _, *known = inspect.signature(head).parameters

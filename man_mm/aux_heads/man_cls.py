@@ -51,6 +51,16 @@ class MANClsHead(AuxHead):
         ValueError: If an option is unknown or out of range, the model's head does not
             tell its number of classes, or ``mode='faithful'`` meets a network whose
             blocks do not work on maps.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm import build_learner
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> partition = dict(type='StagePartition')
+        >>> aux_head = dict(type='MANClsHead', channels=32)
+        >>> learner = build_learner(model, partition, aux_head)
+        >>> [type(head).__name__ for head in learner.heads]
+        ['MANClsHead', 'MANClsHead', 'MANClsHead']
     """
 
     reads_averages = True

@@ -46,6 +46,16 @@ class MANDetHead(AuxHead):
 
     Raises:
         ValueError: If an option is unknown or does not fit the model.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm import build_learner
+        >>> model = get_model('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
+        >>> partition = dict(type='StagePartition')
+        >>> aux_head = dict(type='MANDetHead', num_convs=1)
+        >>> learner = build_learner(model, partition, aux_head)
+        >>> [type(head).__name__ for head in learner.heads]
+        ['MANDetHead', 'MANDetHead']
     """
 
     def __init__(

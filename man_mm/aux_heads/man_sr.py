@@ -36,6 +36,16 @@ class MANSRHead(AuxHead):
 
     Raises:
         ValueError: If an option is out of range, or the model of another kind.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm import build_learner
+        >>> model = get_model('mmagic::edsr/edsr_x2c64b16_1xb16-300k_div2k.py')
+        >>> partition = dict(type='StagePartition')
+        >>> aux_head = dict(type='MANSRHead', num_blocks=2)
+        >>> learner = build_learner(model, partition, aux_head)
+        >>> [type(head).__name__ for head in learner.heads]
+        ['MANSRHead', 'MANSRHead', 'MANSRHead']
     """
 
     def __init__(

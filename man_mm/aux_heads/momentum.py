@@ -42,6 +42,16 @@ class MomentumHead(AuxHead):
     Raises:
         ValueError: If ``momentum`` is out of range, or the next unit does not work on
             maps.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm import build_learner
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> partition = dict(type='StagePartition')
+        >>> aux_head = dict(type='MomentumHead', momentum=0.99)
+        >>> learner = build_learner(model, partition, aux_head)
+        >>> [type(head).__name__ for head in learner.heads]
+        ['MomentumHead', 'MomentumHead', 'MomentumHead']
     """
 
     def __init__(

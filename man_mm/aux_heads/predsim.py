@@ -36,6 +36,16 @@ class PredSimHead(AuxHead):
     Raises:
         ValueError: If ``beta`` is out of range, or the model is no classifier that
             tells its number of classes.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm import build_learner
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> partition = dict(type='StagePartition')
+        >>> aux_head = dict(type='PredSimHead', beta=0.9)
+        >>> learner = build_learner(model, partition, aux_head)
+        >>> [type(head).__name__ for head in learner.heads]
+        ['PredSimHead', 'PredSimHead', 'PredSimHead']
     """
 
     def __init__(self, site: AuxSite, beta: float = 0.99) -> None:
@@ -71,6 +81,13 @@ def similarity_matrix(features: Tensor) -> Tensor:
     """Adjusted cosine similarities ``(N, N)`` of the rows of ``(N, D)`` features.
 
     Each row is centred and scaled to length 1 first; arXiv 1901.06656, section 2.2.
+
+    Examples:
+        >>> import torch
+        >>> from man_mm.aux_heads.predsim import similarity_matrix
+        >>> similarity_matrix(torch.eye(2)).sign()
+        tensor([[ 1., -1.],
+                [-1.,  1.]])
     """
     rows = F.normalize(features - features.mean(1, keepdim=True), dim=1)
     return torch.mm(rows, rows.T)

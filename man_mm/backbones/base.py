@@ -44,6 +44,20 @@ def register_units(*class_names: str) -> Callable[[UnitsFn], UnitsFn]:
 
     Classes are known by name, so that a family is supported in every package that
     has it, and none of them must be installed. Subclasses are covered too.
+
+    Examples:
+        >>> from torch import nn
+        >>> from man_mm import Unit
+        >>> from man_mm.backbones import find_units, register_units
+        >>> class TwoLayers(nn.Sequential):
+        ...     def __init__(self):
+        ...         super().__init__(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        >>> @register_units('TwoLayers')
+        ... def two_layers_units(backbone):
+        ...     return [Unit('0', stage=0), Unit('1', stage=1)]
+        >>> model = nn.ModuleDict(dict(backbone=TwoLayers()))
+        >>> [unit.name for unit in find_units(model.train())]
+        ['backbone.0', 'backbone.1']
     """
 
     def register(fn: UnitsFn) -> UnitsFn:
@@ -65,6 +79,15 @@ def find_units(model: nn.Module) -> list[Unit]:
 
     Raises:
         ValueError: If the model has no backbone, or one that is not supported.
+
+    Examples:
+        >>> from torch import nn
+        >>> from man_mm import CIFARResNet
+        >>> from man_mm.backbones import find_units
+        >>> model = nn.Module()
+        >>> model.backbone = CIFARResNet(depth=8)
+        >>> [unit.name for unit in find_units(model)]
+        ['backbone.relu', 'backbone.layer1.0', 'backbone.layer2.0', 'backbone.layer3.0']
     """
     supported = ', '.join(sorted(_ADAPTERS))
     try:
@@ -127,6 +150,16 @@ def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
     Raises:
         ValueError: If the units are not on a single path, or the backbone fails on the
             black image.
+
+    Examples:
+        >>> from torch import nn
+        >>> from man_mm import CIFARResNet
+        >>> from man_mm.backbones import find_units, probe
+        >>> model = nn.Module()
+        >>> model.backbone = CIFARResNet(depth=8)
+        >>> entry, taps = probe(model, find_units(model))
+        >>> entry.channels, taps[-1].channels, taps[-1].stride
+        (3, 64, 4)
     """
     _, backbone = find_backbone(model)
     size = max(_SIZE, _STRIDE * _largest_window(backbone))

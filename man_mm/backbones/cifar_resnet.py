@@ -34,6 +34,13 @@ class CIFARResNet(BaseModule):
 
     Raises:
         ValueError: If ``depth`` is not 6n + 2 with n at least 1.
+
+    Examples:
+        >>> import torch
+        >>> from man_mm import CIFARResNet
+        >>> (map_,) = CIFARResNet(depth=20)(torch.rand(2, 3, 32, 32))
+        >>> map_.shape
+        torch.Size([2, 64, 8, 8])
     """
 
     def __init__(

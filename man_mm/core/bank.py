@@ -47,6 +47,20 @@ class MemoryBank(Mapping[str, Tensor]):
 
     Raises:
         ValueError: If ``momentum`` is outside [0, 1).
+
+    Examples:
+        >>> import torch
+        >>> from man_mm import MemoryBank
+        >>> bank = MemoryBank()
+        >>> bank.store('layer1', torch.ones(2, 3, 4, 4))
+        >>> bank['layer1'].shape
+        torch.Size([2, 3, 4, 4])
+        >>> bank.clear()  # at the end of a step
+        >>> len(bank)
+        0
+        >>> mean, variance = bank.statistics('layer1')
+        >>> mean
+        tensor([1., 1., 1.])
     """
 
     def __init__(self, long_term: bool = True, momentum: float = 0.99) -> None:

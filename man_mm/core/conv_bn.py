@@ -26,6 +26,18 @@ def fold_norms(unit: nn.Module) -> Wrap | None:
 
     Returns:
         None if the unit has no convolution with a batch norm, or cannot be traced.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from man_mm.core.conv_bn import fold_norms
+        >>> from man_mm.core.patches import patched
+        >>> unit = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> before = unit(images)
+        >>> with patched(unit, fold_norms(unit)):
+        ...     torch.allclose(unit(images), before, atol=1e-5)
+        True
     """
     tracer = _Tracer()
     try:

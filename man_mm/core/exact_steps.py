@@ -41,13 +41,19 @@ class ExactSteps:
             are used.
         weight: Weight of the local losses. Defaults to 0: an exact step.
 
-    Example:
-        >>> steps = ExactSteps(learner)
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from man_mm.core import ExactSteps, LocalLearner, Unit, split
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        >>> modules = split(model, [Unit('0'), Unit('1')], cuts=['0'])
+        >>> steps = ExactSteps(LocalLearner(model, modules, heads=[nn.Identity()]))
         >>> with steps.step():
-        ...     loss = criterion(model(images), labels)
-        >>> loss.backward()
-        >>> steps.replay()
-        >>> optimizer.step()
+        ...     loss = model(torch.rand(3, 4)).square().mean()
+        >>> loss.backward()  # behind the modules
+        >>> steps.replay()  # the modules, from the last to the first
+        >>> all(param.grad is not None for param in model.parameters())
+        True
     """
 
     def __init__(self, learner: LocalLearner, weight: float = 0.0) -> None:

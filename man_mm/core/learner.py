@@ -87,6 +87,30 @@ class LocalLearner:
         ValueError: If the numbers of modules and heads do not match, if
             ``micro_batch_size`` is less than 1, or if units output something else
             than maps and cannot run on slices.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.nn.functional import cross_entropy
+        >>> from man_mm.core import LocalLearner, Unit, split
+        >>> class Head(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.classifier = nn.Linear(8, 2)
+        ...
+        ...     def forward(self, maps, targets, bank):
+        ...         return cross_entropy(self.classifier(maps['0']), targets)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        >>> modules = split(model, [Unit('0'), Unit('1')], cuts=['0'])
+        >>> learner = LocalLearner(model, modules, heads=[Head()])
+        >>> inputs, targets = torch.rand(3, 4), torch.tensor([0, 1, 1])
+        >>> with learner.step(targets):  # back-propagates module 1
+        ...     loss = cross_entropy(model(inputs), targets)
+        >>> loss.backward()  # back-propagates module 2
+        >>> all(param.grad is not None for param in model.parameters())
+        True
+        >>> list(learner.losses)
+        ['module1']
     """
 
     def __init__(

@@ -29,6 +29,14 @@ class Unit:
         as_map: From the output and the arguments of the submodule ``name`` to a map
             ``(N, C, H, W)`` without a copy, for units that output something else,
             such as tokens.
+
+    Examples:
+        >>> from man_mm import Unit
+        >>> Unit('backbone.layer1.0').parts
+        ('backbone.layer1.0',)
+        >>> first = Unit('layer1.0', stage=0, parts=('conv1', 'layer1.0'))
+        >>> first.name
+        'layer1.0'
     """
 
     name: str
@@ -62,6 +70,16 @@ class LocalModule:
         params: Trainable parameters that the module owns. The last module also
             owns whatever no unit covers: neck, heads, classifier.
         is_last: Whether the model's own loss trains this module.
+
+    Examples:
+        >>> from torch import nn
+        >>> from man_mm import Unit, split
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> first, last = split(model, [Unit('0'), Unit('1'), Unit('2')], cuts=['1'])
+        >>> first.name, first.cut, first.is_last
+        ('module1', '1', False)
+        >>> len(last.params)
+        2
     """
 
     index: int
@@ -110,6 +128,12 @@ class StagePartition:
     """Cuts after every stage of the backbone, as in the paper.
 
     Modules without a trainable parameter are merged with the next one.
+
+    Examples:
+        >>> from man_mm import StagePartition, Unit
+        >>> units = [Unit('layer1.0', 0), Unit('layer1.1', 0), Unit('layer2.0', 1)]
+        >>> StagePartition().cuts(units)
+        ['layer1.1']
     """
 
     def cuts(self, units: Sequence[Unit], _measure: Measure | None = None) -> list[str]:
@@ -127,6 +151,12 @@ class UniformPartition:
 
     Raises:
         ValueError: If ``num_modules`` is less than 1.
+
+    Examples:
+        >>> from man_mm import UniformPartition, Unit
+        >>> units = [Unit('layer1.0', 0), Unit('layer1.1', 0), Unit('layer2.0', 1)]
+        >>> UniformPartition(num_modules=3).cuts(units)
+        ['layer1.0', 'layer1.1']
     """
 
     def __init__(self, num_modules: int) -> None:
@@ -158,6 +188,12 @@ class CutPartition:
         cuts: Dotted names such as ``'backbone.layer2.1'``; the name of a whole
             stage (``'backbone.layer2'``) stands for its last unit. An empty list
             is end-to-end training (K = 1).
+
+    Examples:
+        >>> from man_mm import CutPartition, Unit
+        >>> units = [Unit('layer1.0', 0), Unit('layer1.1', 0), Unit('layer2.0', 1)]
+        >>> CutPartition(['layer1']).cuts(units)
+        ['layer1.1']
     """
 
     def __init__(self, cuts: Sequence[str]) -> None:
@@ -211,6 +247,14 @@ def split(
     Raises:
         ValueError: If a cut is no unit that another one follows, or a parameter
             belongs to units of two modules.
+
+    Examples:
+        >>> from torch import nn
+        >>> from man_mm import Unit, split
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> modules = split(model, [Unit('0'), Unit('1'), Unit('2')], cuts=['1'])
+        >>> [(module.name, module.cut) for module in modules]
+        [('module1', '1'), ('module2', '2')]
     """
     if unknown := set(cuts) - {unit.name for unit in units[:-1]}:
         raise ValueError(

@@ -17,6 +17,13 @@ def tensor_bytes(obj: object) -> int:
 
     Raises:
         NotImplementedError: If ``obj`` holds a sparse tensor.
+
+    Examples:
+        >>> import torch
+        >>> from man_mm.core.storages import tensor_bytes
+        >>> x = torch.zeros(100)
+        >>> tensor_bytes([x, x[:10]])
+        400
     """
     return sum({s._cdata: s.nbytes() for s in find_storages(obj)}.values())
 

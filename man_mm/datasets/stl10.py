@@ -18,6 +18,12 @@ class STL10(ImageArrays):
 
     5,000 images for training and 8,000 for testing; the 100,000 without label are not
     used. See `ImageArrays`.
+
+    Examples:
+        >>> from man_mm import STL10
+        >>> dataset = STL10('data/stl10_binary', split='test', lazy_init=True)
+        >>> dataset.metainfo['classes'][:3]
+        ('airplane', 'bird', 'car')
     """
 
     METAINFO = dict(

@@ -16,6 +16,12 @@ class SVHN(ImageArrays):
 
     73,257 images for training and 26,032 for testing; the 531,131 easier ones
     (``extra``) are not used. See `ImageArrays`.
+
+    Examples:
+        >>> from man_mm import SVHN
+        >>> dataset = SVHN('data/svhn', split='test', lazy_init=True)
+        >>> len(dataset.metainfo['classes'])
+        10
     """
 
     METAINFO = dict(classes=tuple('0123456789'))

@@ -38,6 +38,21 @@ class AmpLocalLearningOptimWrapper(LocalLearningOptimWrapper):
     Raises:
         ValueError: If an option is unknown, or if ``update='parameter'``, which steps
             before a module's overflow is known, meets ``float16``.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from mmengine.optim import build_optim_wrapper
+        >>> import man_mm
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> optim_wrapper = dict(
+        ...     type='AmpLocalLearningOptimWrapper',
+        ...     constructor='LocalLearningOptimWrapperConstructor',
+        ...     optimizer=dict(type='SGD', lr=0.1),
+        ...     dtype='bfloat16',
+        ...     local_learning=dict(aux_head=dict(type='DGLHead')))
+        >>> wrapper = build_optim_wrapper(model, optim_wrapper)
+        >>> wrapper.dtype
+        torch.bfloat16
     """
 
     def __init__(

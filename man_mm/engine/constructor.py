@@ -73,6 +73,22 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Raises:
         ValueError: If a key is unknown, another wrapper type is configured, there is
             no optimizer or several, or ``paramwise_cfg`` is for another constructor.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from mmengine.optim import build_optim_wrapper
+        >>> import man_mm
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> optim_wrapper = dict(
+        ...     type='LocalLearningOptimWrapper',
+        ...     constructor='LocalLearningOptimWrapperConstructor',
+        ...     optimizer=dict(type='SGD', lr=0.1),
+        ...     local_learning=dict(
+        ...         partition=dict(type='UniformPartition', num_modules=2),
+        ...         aux_head=dict(type='DGLHead')))
+        >>> wrapper = build_optim_wrapper(model, optim_wrapper)
+        >>> [module.cut for module in wrapper.learner.modules]
+        ['backbone.layer2.0', 'backbone.layer4.1']
     """
 
     def __init__(
@@ -182,6 +198,16 @@ def build_learner(
 
     Raises:
         ValueError: If the model cannot be cut so, or has no such head.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm import MemoryBank, build_learner
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> partition, aux_head = dict(type='StagePartition'), dict(type='MANHead')
+        >>> learner = build_learner(model, partition, aux_head)
+        >>> learner.bank = MemoryBank()
+        >>> [module.cut for module in learner.modules[:-1]]
+        ['backbone.layer1.1', 'backbone.layer2.1', 'backbone.layer3.1']
     """
     units = find_units(model)
     measure = _measure(

@@ -26,6 +26,13 @@ class MemoryBankHook(Hook):
     Args:
         long_term: Whether the bank keeps long-term memory. Defaults to True.
         momentum: Its momentum, in [0, 1). Defaults to 0.99.
+
+    Examples:
+        >>> from mmengine.registry import HOOKS
+        >>> import man_mm
+        >>> default_hooks = dict(memory_bank=dict(type='MemoryBankHook', momentum=0.9))
+        >>> HOOKS.build(default_hooks['memory_bank']).bank.momentum
+        0.9
     """
 
     def __init__(self, long_term: bool = True, momentum: float = 0.99) -> None:

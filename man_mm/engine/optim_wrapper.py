@@ -56,6 +56,22 @@ class LocalLearningOptimWrapper(OptimWrapper):
 
     Raises:
         ValueError: If an option is unknown or two do not go together.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from mmengine.optim import build_optim_wrapper
+        >>> import man_mm
+        >>> from man_mm.measure.synthetic_batch import synthetic_batch
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> optim_wrapper = dict(
+        ...     type='LocalLearningOptimWrapper',
+        ...     constructor='LocalLearningOptimWrapperConstructor',
+        ...     optimizer=dict(type='SGD', lr=0.1),
+        ...     local_learning=dict(aux_head=dict(type='DGLHead')))
+        >>> wrapper = build_optim_wrapper(model, optim_wrapper)
+        >>> log = model.train_step(synthetic_batch(model, (2, 3, 32, 32)), wrapper)
+        >>> list(wrapper.learner.losses)  # and log['loss'], that of the last module
+        ['module1', 'module2', 'module3']
     """
 
     def __init__(
@@ -228,7 +244,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         return explains_out_of_memory(self.learner, self._measure, lambda: self._shape)
 
     def _scaled(self, loss: Tensor, _module: LocalModule) -> Tensor:
-        """For mixed precision."""
+        """The loss times the loss scale of its module, in mixed precision."""
         return loss
 
     @contextmanager

@@ -66,6 +66,13 @@ class SafeCheckpointHook(CheckpointHook):
 
     `ResumeHook` turns a plain ``CheckpointHook`` into this one. It takes the same
     arguments. On other storage than local files, writing is left to its backend.
+
+    Examples:
+        >>> from mmengine.registry import HOOKS
+        >>> import man_mm
+        >>> default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook', interval=1))
+        >>> type(HOOKS.build(default_hooks['checkpoint'])).__name__
+        'SafeCheckpointHook'
     """
 
     _resumable: str | None = None  # the checkpoint to fall back on

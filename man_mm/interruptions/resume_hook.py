@@ -35,6 +35,13 @@ class ResumeHook(Hook):
     log: another number of processes, and a checkpoint between two updates of
     accumulated gradients. Samplers that shuffle by the global random state, as torch's
     ``RandomSampler``, repeat in epoch-based loops only.
+
+    Examples:
+        >>> from mmengine.registry import HOOKS
+        >>> import man_mm
+        >>> default_hooks = dict(resume=dict(type='ResumeHook'))
+        >>> type(HOOKS.build(default_hooks['resume'])).__name__
+        'ResumeHook'
     """
 
     priority = 'VERY_HIGH'

@@ -13,6 +13,12 @@ def count_flops(fn: Callable[[], object]) -> int:
 
     Args:
         fn: Called without arguments; its result is dropped.
+
+    Examples:
+        >>> import torch
+        >>> from man_mm.measure import count_flops
+        >>> count_flops(lambda: torch.rand(2, 3) @ torch.rand(3, 4))  # 2 * 2 * 3 * 4
+        48
     """
     with FlopCounterMode(display=False) as counter:
         fn()

@@ -64,6 +64,13 @@ def measure_memory(
 
     Raises:
         NotImplementedError: If an op takes or returns a sparse tensor.
+
+    Examples:
+        >>> import torch
+        >>> from man_mm.measure import measure_memory
+        >>> report = measure_memory(lambda: torch.zeros(1024).add(1))
+        >>> report.peak, report.end
+        (8192, 0)
     """
     device = torch.device(device)
     if device.type == 'cuda' and device.index is None:

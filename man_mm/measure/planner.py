@@ -101,6 +101,15 @@ class BalancedPartition:
     Raises:
         ValueError: If not exactly one of the first two is given, or a value is
             missing or makes no sense.
+
+    Examples:
+        >>> from man_mm import BalancedPartition
+        >>> from man_mm.measure.peaks import UnitCost
+        >>> partition = BalancedPartition(num_modules=2, input_shape=(2, 3, 64, 64))
+        >>> saved = dict(a=8, b=4, c=4)
+        >>> costs = [UnitCost((name,), saved=count) for name, count in saved.items()]
+        >>> partition.cuts([], measure=lambda shape: costs)  # the wrapper measures it
+        ['a']
     """
 
     def __init__(
@@ -152,6 +161,11 @@ def parse_bytes(text: int | str) -> int:
 
     Raises:
         ValueError: If it is not positive, or has another unit than KiB, MiB or GiB.
+
+    Examples:
+        >>> from man_mm.measure.planner import parse_bytes
+        >>> parse_bytes('1.5 GiB')
+        1610612736
     """
     match = re.fullmatch(r'([\d.]+) ?([KMG]iB)?', str(text).strip())
     try:
@@ -167,7 +181,13 @@ def parse_bytes(text: int | str) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """Writes a number of bytes in MiB, as ``'1035.2 MiB'``."""
+    """Writes a number of bytes in MiB, as ``'1035.2 MiB'``.
+
+    Examples:
+        >>> from man_mm.measure.planner import format_bytes
+        >>> format_bytes(3 * 2**19)
+        '1.5 MiB'
+    """
     return f'{size / 2**20:.1f} MiB'
 
 

@@ -31,6 +31,14 @@ def synthetic_batch(model: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
 
     Raises:
         ValueError: If the model is of another kind.
+
+    Examples:
+        >>> from mmengine.hub import get_model
+        >>> from man_mm.measure.synthetic_batch import synthetic_batch
+        >>> model = get_model('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+        >>> batch = synthetic_batch(model, (2, 3, 32, 32))
+        >>> [sample.gt_label.item() for sample in batch['data_samples']]
+        [0, 1]
     """
     count, *image = shape
     if is_detector(model):

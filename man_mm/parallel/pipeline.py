@@ -61,6 +61,23 @@ class ModulePipeline:
         ValueError: If there are more ranks than modules, ``sizes``, ``reads`` or
             ``in_flight`` make no sense, units work on tokens, or a head follows weights
             of later modules.
+
+    Examples:
+        >>> import torch
+        >>> from torch import distributed, nn
+        >>> from torch.nn.functional import cross_entropy
+        >>> from man_mm.core import LocalLearner, Unit, split
+        >>> from man_mm.parallel import ModulePipeline
+        >>> distributed.init_process_group(
+        ...     'gloo', store=distributed.HashStore(), rank=0, world_size=1)
+        >>> model = nn.Sequential(nn.Linear(4, 2))  # one module, so one process
+        >>> learner = LocalLearner(model, split(model, [Unit('0')], cuts=[]), heads=[])
+        >>> pipeline = ModulePipeline(learner)
+        >>> inputs, targets = torch.rand(3, 4), torch.tensor([0, 1, 1])
+        >>> loss = pipeline.step(lambda: cross_entropy(model(inputs), targets), targets)
+        >>> len(pipeline.params()), model[0].weight.grad is None
+        (2, False)
+        >>> distributed.destroy_process_group()
     """
 
     def __init__(

@@ -30,6 +30,11 @@ def group_modules(seconds: Sequence[float], ranks: int) -> list[int]:
     Args:
         seconds: Of each module.
         ranks: Number of ranks, at most that of modules.
+
+    Examples:
+        >>> from man_mm.parallel.prediction import group_modules
+        >>> group_modules([1.0, 2.0, 1.0, 4.0], ranks=2)
+        [3, 1]
     """
     candidates = combinations(range(1, len(seconds)), ranks - 1)
     sizes = [
@@ -59,6 +64,12 @@ def predict_step(
         link: Between neighbours.
         slowdown: Of one rank while all others work. Defaults to 1, as with processors
             of its own.
+
+    Examples:
+        >>> from man_mm.parallel.prediction import Link, predict_step
+        >>> link = Link(latency=0.001, bandwidth=1e9)
+        >>> predict_step([1.0, 2.0, 3.0], sizes=[2, 1], sent=[10**6, 10**6], link=link)
+        3.002
     """
     ends = list(accumulate(sizes))[:-1]
     waits = [0.0, *(link.seconds(sent[end - 1]) for end in ends)]

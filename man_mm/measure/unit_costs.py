@@ -48,7 +48,7 @@ def measure_costs(
     with ExitStack() as stack:
         for module in learner.modules:
             recorder.watch(module, stack)
-        stack.enter_context(_with_input_grads(learner))
+        stack.enter_context(_inputs_require_grad(learner))
         with _collector_off(), recorder.timeline:
             step(recorder.backward)
     return recorder.costs()
@@ -236,19 +236,19 @@ def _collector_off() -> Iterator[None]:
 
 
 @contextmanager
-def _with_input_grads(learner: LocalLearner) -> Iterator[None]:
+def _inputs_require_grad(learner: LocalLearner) -> Iterator[None]:
     """Lets units compute gradients of their inputs, as units inside a module do."""
     starts = [
         learner.model.get_submodule(module.units[0].parts[0])
         for module in learner.modules[1:]
     ]
     patches = learner.patches
-    learner.patches = (*patches, *((start, _with_input_grad) for start in starts))
+    learner.patches = (*patches, *((start, _require_input_grad) for start in starts))
     try:
         yield
     finally:
         learner.patches = patches
 
 
-def _with_input_grad(forward: Forward) -> Forward:
+def _require_input_grad(forward: Forward) -> Forward:
     return lambda x, *args: forward(require_grad(x), *args)

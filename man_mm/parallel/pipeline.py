@@ -18,7 +18,7 @@ from man_mm.core.partition import LocalModule, ends_of_stages, outlets
 from man_mm.core.patches import patched
 
 from .channel import Channel
-from .elsewhere import elsewhere
+from .missing_output import missing_output
 
 
 class ModulePipeline:
@@ -216,7 +216,7 @@ class ModulePipeline:
             for name, map_ in packet['bank'].items():
                 moments = packet['moments'].get(name)
                 self.learner.bank.receive(name, map_, moments)
-            return {part: received.get(part, elsewhere()) for part in parts}
+            return {part: received.get(part, missing_output()) for part in parts}
 
         replaced = MicroBatches(parts, (), run)
         for part in parts:

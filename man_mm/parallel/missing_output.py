@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Elsewhere(Tensor):
+class MissingOutput(Tensor):
     """What a part returns that ran in another process and whose output was not sent.
 
     A network may hand it around, but whatever looks into it, be it only for its
@@ -29,6 +29,6 @@ class Elsewhere(Tensor):
         )
 
 
-def elsewhere() -> Elsewhere:
-    """A new stand-in."""
-    return torch.empty(0).as_subclass(Elsewhere)
+def missing_output() -> MissingOutput:
+    """A new stand-in for such an output."""
+    return torch.empty(0).as_subclass(MissingOutput)

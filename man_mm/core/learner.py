@@ -57,17 +57,17 @@ class LocalLearner:
     Args:
         model: The whole network.
         modules: Its K modules, from `man_mm.core.split`.
-        heads: K - 1 auxiliary heads. Each is called as ``head(maps, targets, bank)``:
-            ``maps`` holds by unit name the feature maps ``(N, C, H, W)`` that the
-            head may read, those of its own module with their graph and, if there
-            is a bank, those of earlier modules detached. It returns a loss or a
-            dictionary in which every key that contains ``loss`` is a term. Two
-            attributes save memory: ``reads``, the names of all earlier maps that it
-            looks up (others may be freed), and ``reads_averages``, if averages
-            ``(N, C, 1, 1)`` of these will do. What enters the first unit is in the
-            bank if ``reads`` names it, as ``'entry'``. Heads that copy weights of the
-            network have a method ``follow(model)``, called before the first step and,
-            after each `updated`, before the next one.
+        heads: K - 1 auxiliary heads, or none, with which only exact steps train. Each
+            is called as ``head(maps, targets, bank)``: ``maps`` holds by unit name the
+            feature maps ``(N, C, H, W)`` that the head may read, those of its own
+            module with their graph and, if there is a bank, those of earlier modules
+            detached. It returns a loss or a dictionary in which every key that contains
+            ``loss`` is a term. Two attributes save memory: ``reads``, the names of all
+            earlier maps that it looks up (others may be freed), and
+            ``reads_averages``, if averages ``(N, C, 1, 1)`` of these will do. What
+            enters the first unit is in the bank if ``reads`` names it, as ``'entry'``.
+            Heads that copy weights of the network have a method ``follow(model)``,
+            called before the first step and, after each `updated`, before the next one.
         bank: Memory bank, or None for heads that see their own module only.
         patches: Submodules of network or heads, each with a wrapper for its forward
             function that is in place during a step only.
@@ -122,7 +122,7 @@ class LocalLearner:
         patches: Sequence[tuple[nn.Module, Wrap]] = (),
         micro_batch_size: int | None = None,
     ) -> None:
-        if len(heads) != len(modules) - 1:
+        if len(heads) not in (0, len(modules) - 1):
             raise ValueError(
                 f'{len(modules)} modules need {len(modules) - 1} auxiliary heads, '
                 f'one for each but the last; got {len(heads)}.'
@@ -157,10 +157,17 @@ class LocalLearner:
 
     def params(self, module: LocalModule) -> list[nn.Parameter]:
         """Trainable parameters of a module and of its auxiliary head."""
-        if module.is_last:
+        if module.is_last or not self.heads:
             return list(module.params)
         head = self.heads[module.index]
         return [*module.params, *(p for p in head.parameters() if p.requires_grad)]
+
+    def free_heads(self) -> None:
+        """Drops all auxiliary heads and the bank, which exact steps do without."""
+        inside = set(self.heads.modules())
+        self.patches = tuple(p for p in self.patches if p[0] not in inside)
+        self.heads = nn.ModuleList()
+        self.bank = None
 
     @contextmanager
     def step(
@@ -176,9 +183,14 @@ class LocalLearner:
                 Defaults to `default_backward`.
 
         Raises:
-            RuntimeError: If a cut does not run exactly once, in order and with
-                gradients, in which case no local loss would train its module.
+            RuntimeError: If there are no heads, or a cut does not run exactly once, in
+                order and with gradients: no local loss would train its module.
         """
+        if len(self.heads) < len(self.modules) - 1:
+            raise RuntimeError(
+                'Without auxiliary heads there are no local steps; take exact ones '
+                '(man_mm.core.ExactSteps).'
+            )
         self.start(targets)
         with ExitStack() as stack:
             stack.callback(self.forget)

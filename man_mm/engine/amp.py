@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ class AmpLocalLearningOptimWrapper(LocalLearningOptimWrapper):
 
     With ``float16`` each module has a loss scale of its own: when the gradients of a
     module overflow, that module is skipped and its scale comes down; the others are
-    updated, at theirs. ``bfloat16`` has the range of ``float32`` and needs none.
+    updated, at theirs. In steps that are end to end, all have the lowest. ``bfloat16``
+    has the range of ``float32`` and needs none.
 
     Args:
         optimizer: See `LocalLearningOptimWrapper`.
@@ -110,6 +111,25 @@ class AmpLocalLearningOptimWrapper(LocalLearningOptimWrapper):
             super().local_backward(loss, module, complete)
         # It holds the module's weights in half precision, which have changed.
         torch.clear_autocast_cache()
+
+    def _step_of_learner(self) -> AbstractContextManager[None]:
+        step = super()._step_of_learner()
+        if self.dial.is_end_to_end and self.scalers[0].is_enabled():
+            self._share_scale()
+        return step
+
+    def _share_scale(self) -> None:
+        """Gives the lowest scale to all modules, through which gradients now pass."""
+        device = next(self.learner.model.parameters()).device
+        for scaler in self.scalers:
+            scaler.scale(torch.zeros((), device=device))  # it may not have begun
+        lowest = torch.stack([scaler._scale for scaler in self.scalers]).amin(0)
+        for scaler in self.scalers:
+            scaler._scale = lowest.clone()
+
+    def _replay(self) -> None:
+        with torch.autocast(self.device_type, self.dtype):
+            super()._replay()
 
     def state_dict(self) -> dict:
         """State of `LocalLearningOptimWrapper`, and the loss scales."""

@@ -55,6 +55,10 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - ``aux_lr_mult=1.0``, ``aux_decay_mult=1.0``: learning rate and weight decay of
       the heads, as multiples of the model's (eta_a / eta_l in arXiv 2406.00446).
     - ``update='module'``, ``clip='module'``: see `LocalLearningOptimWrapper`.
+    - ``end_to_end_from=None``: share of the training, from 0 to 1, after which steps
+      are end to end over the same modules; None never, 0 always.
+    - ``local_loss_weight=0.0``: weight of the local losses in these steps. With 0 they
+      are *exact*, else *joint*; see `man_mm.core.ExactSteps`.
     - ``micro_batch_size=None``: images that run through a module at a time; see
       `man_mm.core.LocalLearner`.
     - ``recompute=()``: names of submodules, such as ``'backbone.layer4'``, whose
@@ -124,7 +128,10 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if is_model_wrapper(model):
             model = model.module
         options = {key: self.options[key] for key in LEARNER_OPTIONS}
-        learner = build_learner(model, **options)
+        weight, share = (
+            self.options[key] for key in ('local_loss_weight', 'end_to_end_from')
+        )
+        learner = build_learner(model, with_heads=share != 0 or weight > 0, **options)
         groups = self._model_groups(model)
         for group in self._head_groups(learner.heads):
             if self.base_lr is not None:
@@ -142,6 +149,8 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 learner=learner,
                 update=self.options['update'],
                 clip=self.options['clip'],
+                end_to_end_from=share,
+                local_loss_weight=weight,
                 measure=_measure(model, options),
             ),
         )
@@ -178,6 +187,7 @@ def build_learner(
     recompute: Sequence[str] = (),
     efficient_conv_bn_eval: bool = True,
     micro_batch_size: int | None = None,
+    with_heads: bool = True,
 ) -> LocalLearner:
     """Partitions a model and builds its auxiliary heads, of its device and dtype.
 
@@ -192,6 +202,8 @@ def build_learner(
         recompute: See `LocalLearningOptimWrapperConstructor`.
         efficient_conv_bn_eval: See there.
         micro_batch_size: See there.
+        with_heads: Whether there are auxiliary heads. Exact steps need none, and
+            neither ``aux_head`` then. Defaults to True.
 
     Returns:
         A learner without a bank; `MemoryBankHook` adds one.
@@ -224,7 +236,7 @@ def build_learner(
     ends = ', '.join(module.cut for module in modules[:-1]) or 'nothing'
     print_log(f'Local learning: K = {len(modules)}, cut after {ends}.', 'current')
     heads = []
-    if len(modules) > 1:
+    if with_heads and len(modules) > 1:
         entry, taps = probe(model, units)
         like = next(model.parameters())
         with random_state_kept(like):

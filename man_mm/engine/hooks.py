@@ -43,7 +43,9 @@ class MemoryBankHook(Hook):
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             return  # testing or validating alone: the wrapper is not built
         check_wrapper_type(type(runner.optim_wrapper).__name__)
-        runner.optim_wrapper.learner.bank = self.bank
+        learner = runner.optim_wrapper.learner
+        if learner.heads:
+            learner.bank = self.bank
         if not any(isinstance(hook, ResumeHook) for hook in runner.hooks):
             hook = ResumeHook()
             runner.register_hook(hook)
@@ -57,6 +59,9 @@ class MemoryBankHook(Hook):
         outputs: dict | None = None,
     ) -> None:
         """Averages the long-term memory over ranks and logs the bank's bytes."""
+        learner = runner.optim_wrapper.learner
+        if learner.bank is None:  # there are no heads, or no more
+            self.bank = None
+            return
         average_tensors(self.bank.moments())
-        nbytes = runner.optim_wrapper.learner.bank_bytes
-        runner.message_hub.update_scalar('train/bank_bytes', nbytes)
+        runner.message_hub.update_scalar('train/bank_bytes', learner.bank_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from mmengine import dist
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from man_mm.core import LocalLearner, LocalModule
 
 from .checks import check_model_wrapper, check_start
+from .dial import Dial
 from .distributed import average_gradients, gradient_norm
 from .out_of_memory import Measure, explains_out_of_memory
 
@@ -50,6 +51,9 @@ class LocalLearningOptimWrapper(OptimWrapper):
         clip: ``'module'`` applies ``clip_grad`` to each module with its head alone;
             ``'global'`` to all together, which needs ``update='iteration'``.
             Defaults to ``'module'``.
+        end_to_end_from: Share of the training, from 0 to 1, after which steps are end
+            to end. Defaults to None, never.
+        local_loss_weight: Weight of the local losses from then on. Defaults to 0.
         measure: Measures what units cost for images of a shape, to tell where memory
             ran out; see `man_mm.measure.model_costs.measure_units`. Defaults to None.
         **kwargs: ``accumulative_counts`` and ``clip_grad`` of ``OptimWrapper``.
@@ -80,6 +84,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
         learner: LocalLearner,
         update: str = 'module',
         clip: str = 'module',
+        end_to_end_from: float | None = None,
+        local_loss_weight: float = 0.0,
         measure: Measure | None = None,
         **kwargs: Any,
     ) -> None:
@@ -108,6 +114,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self.learner = learner
         self.update = update
         self.clip = clip
+        self.dial = Dial(learner, optimizer, end_to_end_from, local_loss_weight)
+        self._syncs = True
         self._measure = measure
         self._shape: tuple[int, ...] | None = None
         self._under_way: tuple[LocalModule, Callable[[], None]] | None = None
@@ -150,18 +158,28 @@ class LocalLearningOptimWrapper(OptimWrapper):
             stack.callback(handle.remove)
             self._shape = None
             stack.enter_context(self._explained())
-            stack.enter_context(self.learner.step(backward=self.local_backward))
+            stack.enter_context(self._step_of_learner())
             yield
 
+    def _step_of_learner(self) -> AbstractContextManager[None]:
+        """A local step, or one end to end; see `Dial`."""
+        self._syncs = self.should_sync()
+        if self._inner_count % self._accumulative_counts == 0:
+            self.dial.turn_if_due(self._inner_count, self._max_counts)
+        if self.dial.is_end_to_end:
+            return self.dial.steps.step()
+        return self.learner.step(backward=self.local_backward)
+
     def local_backward(self, loss: Tensor, module: LocalModule, complete: bool) -> None:
-        """Back-propagates a local loss, without counting an iteration.
+        """Back-propagates a module, without counting an iteration.
 
         Args:
-            loss: The local loss, a scalar.
+            loss: The local loss, a scalar; in a step that is end to end, what sends the
+                gradient of the module's output.
             module: The module that it trains.
             complete: Whether no other loss of this iteration reaches the module.
         """
-        update = complete and self.should_sync()
+        update = complete and self._syncs
         with self._updating(loss, module, update):
             self._scaled(self.scale_loss(loss), module).backward()
         if complete:
@@ -175,6 +193,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
     ) -> None:
         """Back-propagates the model's own loss through the last module, and updates.
 
+        In a step that is end to end, all other modules follow.
+
         Args:
             loss: The model's loss, a scalar.
             step_kwargs: Arguments of ``optimizer.step``.
@@ -185,18 +205,24 @@ class LocalLearningOptimWrapper(OptimWrapper):
         """
         modules = self.learner.modules
         last = modules[-1]
-        with self._explained(), self._updating(loss, last, self.should_sync()):
-            self.backward(self._scaled(self.scale_loss(loss), last))
-        self.learner.entry.check()
-        update = self.should_update()
-        self._finish(last, update)
+        with self._explained():
+            with self._updating(loss, last, self._syncs):
+                self.backward(self._scaled(self.scale_loss(loss), last))
+            if self.dial.is_end_to_end:
+                self._replay()
+            else:
+                self.learner.entry.check()
+                self._finish(last, self._syncs)
         self._settle()
-        if update:
+        if self._syncs:
             if self.update == 'iteration':
                 self._step(modules, **(step_kwargs or {}))
             self.learner.updated()
         for name, value in self.learner.losses.items():
             self._log(f'{name}/loss', value)
+
+    def _replay(self) -> None:
+        self.dial.steps.replay(self.local_backward)
 
     def state_dict(self) -> dict:
         """State of the optimizer, the auxiliary heads and the long-term memory."""
@@ -204,6 +230,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         local = dict(
             heads=self.learner.heads.state_dict(),
             bank=None if bank is None else bank.state_dict(),
+            end_to_end=self.dial.is_end_to_end,
         )
         return {**super().state_dict(), 'local_learning': local}
 
@@ -222,6 +249,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
                 'instead of resume.'
             )
         if local is not None:
+            if local.get('end_to_end', False):
+                self.dial.resume()
             try:
                 self.learner.heads.load_state_dict(local['heads'])
             except RuntimeError as error:

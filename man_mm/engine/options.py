@@ -12,6 +12,8 @@ DEFAULTS = dict(
     aux_decay_mult=1.0,
     update='module',
     clip='module',
+    end_to_end_from=None,
+    local_loss_weight=0.0,
     micro_batch_size=None,
     recompute=(),
     efficient_conv_bn_eval=True,
@@ -53,6 +55,13 @@ def complete_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
                 f'optim_wrapper.local_learning.{key} must be {wanted}, got {value!r}.'
             )
     options = {**DEFAULTS, **given}
+    if options['local_loss_weight'] and options['end_to_end_from'] is None:
+        raise ValueError(
+            'optim_wrapper.local_learning.local_loss_weight weights the local losses '
+            'in joint steps, but all steps are local: set '
+            'optim_wrapper.local_learning.end_to_end_from=0 for joint steps from the '
+            'start, or remove local_loss_weight.'
+        )
     for key in ('partition', 'aux_head'):
         options[key] = {**DEFAULTS[key], **options[key]}
     return options
@@ -83,7 +92,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_factor(value: Any) -> bool:
-    return isinstance(value, int | float) and value >= 0
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and value >= 0
 
 
 def _is_names(value: Any) -> bool:
@@ -99,6 +109,11 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a dictionary such as dict(type='MANHead')",
         lambda value: isinstance(value, Mapping),
     ),
+    'end_to_end_from': (
+        'None or a share of the training from 0 to 1',
+        lambda value: value is None or (_is_factor(value) and value <= 1),
+    ),
+    'local_loss_weight': ('a number of at least 0', _is_factor),
     'aux_lr_mult': ('a number of at least 0', _is_factor),
     'aux_decay_mult': ('a number of at least 0', _is_factor),
     'micro_batch_size': ('None or a number of images of at least 1', _is_count),

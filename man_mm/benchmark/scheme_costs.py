@@ -54,7 +54,7 @@ from .records import (
 )
 from .scheme_pictures import draw_pictures
 from .schemes import (
-    BOTH,
+    ALL,
     SchemeError,
     default_schemes,
     describe_options,
@@ -128,7 +128,7 @@ def measure(
                 with _naming(name):
                     built[name] = build_scheme(cfg, scheme, data, shape, device)
             except SchemeError as error:
-                if schemes or name in BOTH:
+                if schemes or name in ALL:
                     raise
                 console.print(f'left out: {error}', **_PLAIN)
         references = References(next(iter(built.values())))

@@ -13,8 +13,11 @@ from mmengine.config import Config
 
 from man_mm.core import Unit
 
-END_TO_END, LOCAL = 'end-to-end', 'local'
-BOTH = (END_TO_END, LOCAL)
+END_TO_END, LOCAL, EXACT, JOINT = 'end-to-end', 'local', 'exact', 'joint'
+IN_MODULES = (LOCAL, EXACT, JOINT)
+WITH_HEADS = (LOCAL, JOINT)
+ALL = (END_TO_END, *IN_MODULES)
+JOINT_WEIGHT = 0.05
 _COUNT, _NAMES = 'N', 'NAME,NAME'
 _UPDATES = 'parameter|iteration|module'
 
@@ -39,25 +42,25 @@ class Option:
 
 
 OPTIONS = {
-    'checkpointing': Option(BOTH, '', 'recompute blocks of the backbone (with_cp)'),
-    'accumulate': Option(BOTH, _COUNT, "N parts of batch/N images; or 'batch' parts"),
-    'bf16': Option(BOTH, '', 'autocast to bfloat16'),
-    'fp16': Option(BOTH, '', 'autocast to float16; CUDA only'),
+    'checkpointing': Option(ALL, '', 'recompute blocks of the backbone (with_cp)'),
+    'accumulate': Option(ALL, _COUNT, "N parts of batch/N images; or 'batch' parts"),
+    'bf16': Option(ALL, '', 'autocast to bfloat16'),
+    'fp16': Option(ALL, '', 'autocast to float16; CUDA only'),
     'efficient': Option((END_TO_END,), '', "mmengine's efficient_conv_bn_eval"),
     'in-backward': Option((END_TO_END,), '', 'update in the backward pass'),
-    'K': Option((LOCAL,), _COUNT, 'BalancedPartition with N modules'),
-    'cuts': Option((LOCAL,), _NAMES, 'CutPartition after these units'),
-    'stages': Option((LOCAL,), '', 'StagePartition'),
-    'faithful': Option((LOCAL,), '', "auxiliary heads as in the paper's appendix"),
-    'no-bank': Option((LOCAL,), '', 'auxiliary heads without memory bank'),
-    'micro': Option((LOCAL,), _COUNT, 'N images at a time inside modules'),
-    'recompute': Option((LOCAL,), _NAMES, 'recompute these submodules'),
-    'unfolded': Option((LOCAL,), '', 'do not fold frozen batch norms'),
-    'update': Option((LOCAL,), _UPDATES, 'when weights are updated'),
+    'K': Option(IN_MODULES, _COUNT, 'BalancedPartition with N modules'),
+    'cuts': Option(IN_MODULES, _NAMES, 'CutPartition after these units'),
+    'stages': Option(IN_MODULES, '', 'StagePartition'),
+    'faithful': Option(WITH_HEADS, '', "auxiliary heads as in the paper's appendix"),
+    'no-bank': Option(WITH_HEADS, '', 'auxiliary heads without memory bank'),
+    'micro': Option(IN_MODULES, _COUNT, 'N images at a time inside modules'),
+    'recompute': Option(IN_MODULES, _NAMES, 'recompute these submodules'),
+    'unfolded': Option(IN_MODULES, '', 'do not fold frozen batch norms'),
+    'update': Option(IN_MODULES, _UPDATES, 'when weights are updated'),
 }
 _CONFLICTS = (('K', 'cuts', 'stages'), ('bf16', 'fp16'), ('fp16', 'in-backward'))
-_NOT_FOR_LOCAL = {
-    'efficient': 'local learning folds norms itself, unless unfolded',
+_NOT_IN_MODULES = {
+    'efficient': 'the others fold norms themselves, unless unfolded',
     'in-backward': 'use update=parameter',
 }
 
@@ -68,7 +71,8 @@ class Scheme:
 
     Attributes:
         name: As the user wrote it.
-        base: ``'end-to-end'`` or ``'local'``.
+        base: ``'end-to-end'``, or what steps are over modules: ``'local'``,
+            ``'exact'`` or ``'joint'``.
         options: Values by option; True for those without.
     """
 
@@ -87,9 +91,13 @@ def describe_options() -> str:
     lines = []
     for name, option in OPTIONS.items():
         written = f'{name}={option.value}' if option.value else name
-        base = '' if option.bases == BOTH else f' ({option.bases[0]} only)'
+        base = '' if option.bases == ALL else f' ({_names(option.bases)} only)'
         lines.append(f'  {written:35s} {option.text}{base}')
     return '\n'.join(lines)
+
+
+def _names(bases: tuple[str, ...]) -> str:
+    return ', '.join(bases)
 
 
 def parse_scheme(text: str) -> Scheme:
@@ -103,17 +111,17 @@ def parse_scheme(text: str) -> Scheme:
     for part in parts:
         name, equals, value = part.partition('=')
         option = OPTIONS.get(name)
-        if base not in BOTH or option is None or name in options:
+        if base not in ALL or option is None or name in options:
             break
         if base not in option.bases:
             raise SchemeError(
-                f'Scheme {text!r}: {name} is for {option.bases[0]} training only; '
-                f'{_NOT_FOR_LOCAL.get(name, "drop it")}.'
+                f'Scheme {text!r}: {name} is for {_names(option.bases)} training only; '
+                f'{_NOT_IN_MODULES.get(name, "drop it")}.'
             )
         options[name] = _parse_value(text, name, value if equals else None)
-    if base not in BOTH or len(options) < len(parts):
+    if base not in ALL or len(options) < len(parts):
         raise SchemeError(
-            f'Scheme {text!r} is not known: it takes {" or ".join(map(repr, BOTH))}, '
+            f'Scheme {text!r} is not known: it takes {" or ".join(map(repr, ALL))}, '
             f"then any of these options once, joined by '+':\n{describe_options()}"
         )
     for group in _CONFLICTS:
@@ -193,13 +201,16 @@ def scheme_config(
         wrapper.accumulative_counts = parts
     if 'checkpointing' in options and 'backbone' in cfg.model:
         cfg.model.backbone.with_cp = True
-    elif 'checkpointing' in options and scheme.base == LOCAL:
+    elif 'checkpointing' in options and scheme.base != END_TO_END:
         raise ValueError('the network has no with_cp: use recompute=NAME,NAME.')
     if 'fp16' in options and not device.startswith('cuda'):
         raise ValueError('fp16 needs --device cuda.')
     amp = autocast_dtype(scheme)
-    if scheme.base == LOCAL:
+    if scheme.base != END_TO_END:
         _set_local(cfg, options, shape)
+        local = cfg.optim_wrapper.local_learning
+        local.end_to_end_from = None if scheme.base == LOCAL else 0
+        local.local_loss_weight = JOINT_WEIGHT if scheme.base == JOINT else 0.0
         if amp:
             _set_amp(wrapper, 'man_mm.AmpLocalLearningOptimWrapper', amp)
         return cfg

@@ -22,7 +22,7 @@ from man_mm.backbones import find_units
 from man_mm.core import LocalLearner
 from man_mm.core.micro_batches import slice_batch, slices_of
 
-from .schemes import Scheme, autocast_dtype, scheme_config
+from .schemes import EXACT, Scheme, autocast_dtype, scheme_config
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Built:
     Attributes:
         model: The model, in training mode and on its device.
         learner: Its local learner, None for end-to-end training.
-        method: What is computed, as opposed to how: cuts and auxiliary heads. The
-            same for all schemes without cuts.
+        method: What is computed, as opposed to how: kind of steps, cuts and auxiliary
+            heads. The same for all schemes that are end to end.
         step: Trains for one step on a fixed batch.
     """
 
@@ -156,7 +156,9 @@ def build_scheme(
             for batch in batches:
                 model.train_step(batch, wrapper)
 
-    return Built(model, learner, (cuts, head) if cuts else (), step)
+    is_end_to_end = not cuts or scheme.base == EXACT
+    method = () if is_end_to_end else (scheme.base, cuts, head)
+    return Built(model, learner, method, step)
 
 
 def build_wrapper(
@@ -175,7 +177,7 @@ def build_wrapper(
     if in_backward:
         counts = cfg.optim_wrapper.get('accumulative_counts', 1)
         return InBackwardOptimWrapper(wrapper.optimizer, optimizer, counts)
-    if 'memory_bank' in cfg.default_hooks:
+    if 'memory_bank' in cfg.default_hooks and wrapper.learner.heads:
         wrapper.learner.bank = HOOKS.build(cfg.default_hooks.memory_bank).bank
     return wrapper
 

@@ -15,8 +15,11 @@ from conftest import (
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
+from man_mm import MemoryBank
 from man_mm.core import exact_steps
 from man_mm.core.gradient_relay import injected
+from man_mm.core.local_losses import local_loss, readers
+from man_mm.core.partition import outlets
 
 torch.set_num_threads(1)
 
@@ -80,19 +83,17 @@ def train(name, model, wrapper, steps=2, start=0):
     return logs
 
 
-def plain(name, steps=2, optimizer=SGD):
+def plain(name, steps=2):
     model = NETWORKS[name][0]()
-    wrapper = build_optim_wrapper(
-        model, dict(type='OptimWrapper', optimizer=dict(optimizer))
-    )
+    wrapper = build_optim_wrapper(model, dict(type='OptimWrapper', optimizer=SGD))
     train(name, model, wrapper, steps)
     return model.state_dict()
 
 
 def build_exact(name, **options):
     model = NETWORKS[name][0]()
-    kept = {'end_to_end_from': 0, 'efficient_conv_bn_eval': False, **options}
-    return model, build_wrapper(model, optimizer=options.pop('optimizer', SGD), **kept)
+    options = {'end_to_end_from': 0, 'efficient_conv_bn_eval': False, **options}
+    return model, build_wrapper(model, optimizer=SGD, **options)
 
 
 def exact(name, steps=2, **options):
@@ -120,3 +121,115 @@ def test_a_boundary_gradient_that_is_scaled_is_found(network, monkeypatch):
 
     monkeypatch.setattr(exact_steps, 'injected', scaled)
     assert not same(exact(network, steps=1), plain(network, steps=1))
+
+
+@pytest.mark.parametrize('update', ['iteration', 'parameter'])
+@pytest.mark.parametrize('network', ['resnet', 'edsr'], indirect=True)
+def test_the_time_of_the_update_changes_nothing(network, update):
+    # The layer in front of EDSR's body waits for the global skip.
+    assert same(exact(network, update=update), exact(network))
+
+
+def test_accumulation(steps=4):
+    model = NETWORKS['resnet'][0]()
+    config = dict(type='OptimWrapper', optimizer=SGD, accumulative_counts=2)
+    train('resnet', model, build_optim_wrapper(model, config), steps)
+    ours, wrapper = build_exact('resnet')
+    wrapper._accumulative_counts = 2
+    train('resnet', ours, wrapper, steps)
+    assert same(ours.state_dict(), model.state_dict())
+
+
+def test_clipping_by_the_norm_of_all_gradients():
+    clip_grad = dict(max_norm=0.1)
+    model = NETWORKS['resnet'][0]()
+    config = dict(type='OptimWrapper', optimizer=SGD, clip_grad=clip_grad)
+    train('resnet', model, build_optim_wrapper(model, config))
+    ours = exact('resnet', clip_grad=clip_grad, clip='global', update='iteration')
+    assert close(ours, model.state_dict())
+    assert not close(ours, plain('resnet'))  # control
+
+
+def test_folding_and_recomputing_change_rounding_only():
+    options = dict(efficient_conv_bn_eval=True, recompute=['backbone.layer3'])
+    ours, theirs = exact('retinanet', **options), plain('retinanet')
+    assert close(ours, theirs) and not same(ours, theirs)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_mixed_precision(dtype):
+    def run(**options):
+        model = NETWORKS['resnet'][0]()
+        amp = dict(dtype=dtype, loss_scale=dict(init_scale=64.0))
+        wrapper = build_wrapper(model, amp=amp, optimizer=SGD, **options)
+        train('resnet', model, wrapper)
+        return model.state_dict()
+
+    # One module is plain mixed precision.
+    one = dict(type='CutPartition', cuts=[])
+    assert same(run(end_to_end_from=0), run(partition=one))
+    assert not same(run(), run(partition=one))  # control: local steps
+
+
+# Joint steps.
+
+
+def weights_of(model, wrapper):
+    heads = wrapper.learner.heads.state_dict(prefix='heads.')
+    return {**model.state_dict(), **heads}
+
+
+def summed(name, weight):
+    """Plain training by the sum of the model's loss and weighted local losses."""
+    model = NETWORKS[name][0]()
+    wrapper = build_wrapper(model, optimizer=SGD, efficient_conv_bn_eval=False)
+    learner, optimizer = wrapper.learner, wrapper.optimizer
+    for step in range(2):
+        torch.manual_seed(step)
+        data = model.data_preprocessor(NETWORKS[name][1](), training=True)
+        maps, handles, entry = {}, [], {}
+        units = [unit for module in learner.modules for unit in module.units]
+        for unit in units:
+
+            def keep(_m, args, output, unit=unit):
+                maps[unit.name] = unit.map_of(output, args)
+
+            end = model.get_submodule(unit.name)
+            handles.append(end.register_forward_hook(keep))
+        first = model.get_submodule(units[0].parts[0])
+        handles.append(
+            first.register_forward_pre_hook(lambda _m, a, e=entry: e.update(entry=a[0]))
+        )
+        loss, _ = model.parse_losses(model(**data, mode='loss'))
+        earlier = {name: map_.detach() for name, map_ in entry.items()}
+        bank = MemoryBank()
+        for module, head in zip(learner.modules, learner.heads, strict=False):
+            own = {name: maps[name] for name in outlets(module)}
+            bank.load_state_dict(learner.bank.state_dict())
+            samples = data['data_samples']
+            loss = loss + weight * local_loss(head, own, earlier, samples, bank)
+            earlier.update({name: map_.detach() for name, map_ in own.items()})
+        for handle in handles:
+            handle.remove()
+        for name_, map_ in earlier.items():
+            if readers(learner.heads, name_, -1):
+                learner.bank.store(name_, map_)
+        learner.bank.clear()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model, wrapper)
+
+
+def joint(name, weight):
+    model, wrapper = build_exact(name, local_loss_weight=weight)
+    train(name, model, wrapper)
+    return weights_of(model, wrapper), wrapper
+
+
+def test_joint_steps_are_plain_training_of_the_summed_loss(network):
+    ours, wrapper = joint(network, 0.05)
+    assert close(ours, summed(network, 0.05))
+    assert not close(ours, summed(network, 0.0505))  # control
+    assert len(wrapper.learner.losses) == len(wrapper.learner.heads)
+    assert 'train/module1/loss' in wrapper.message_hub.log_scalars

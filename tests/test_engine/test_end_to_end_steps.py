@@ -179,41 +179,49 @@ def weights_of(model, wrapper):
     return {**model.state_dict(), **heads}
 
 
+def loss_and_maps(model, units, data):
+    """The model's loss; the map of each unit with its graph; what enters the first."""
+    maps, entry, handles = {}, {}, []
+    for unit in units:
+
+        def keep(_m, args, output, unit=unit):
+            maps[unit.name] = unit.map_of(output, args)
+
+        end = model.get_submodule(unit.name)
+        handles.append(end.register_forward_hook(keep))
+
+    def enter(_m, args):
+        entry['entry'] = args[0].detach()
+
+    first = model.get_submodule(units[0].parts[0])
+    handles.append(first.register_forward_pre_hook(enter))
+    loss, _ = model.parse_losses(model(**data, mode='loss'))
+    for handle in handles:
+        handle.remove()
+    return loss, maps, entry
+
+
 def summed(name, weight):
     """Plain training by the sum of the model's loss and weighted local losses."""
     model = NETWORKS[name][0]()
     wrapper = build_wrapper(model, optimizer=SGD, efficient_conv_bn_eval=False)
     learner, optimizer = wrapper.learner, wrapper.optimizer
+    units = [unit for module in learner.modules for unit in module.units]
     for step in range(2):
         torch.manual_seed(step)
         data = model.data_preprocessor(NETWORKS[name][1](), training=True)
-        maps, handles, entry = {}, [], {}
-        units = [unit for module in learner.modules for unit in module.units]
-        for unit in units:
-
-            def keep(_m, args, output, unit=unit):
-                maps[unit.name] = unit.map_of(output, args)
-
-            end = model.get_submodule(unit.name)
-            handles.append(end.register_forward_hook(keep))
-        first = model.get_submodule(units[0].parts[0])
-        handles.append(
-            first.register_forward_pre_hook(lambda _m, a, e=entry: e.update(entry=a[0]))
-        )
-        loss, _ = model.parse_losses(model(**data, mode='loss'))
-        earlier = {name: map_.detach() for name, map_ in entry.items()}
+        loss, maps, earlier = loss_and_maps(model, units, data)
+        # The bank learns of this step when it has ended.
         bank = MemoryBank()
+        bank.load_state_dict(learner.bank.state_dict())
         for module, head in zip(learner.modules, learner.heads, strict=False):
             own = {name: maps[name] for name in outlets(module)}
-            bank.load_state_dict(learner.bank.state_dict())
-            samples = data['data_samples']
-            loss = loss + weight * local_loss(head, own, earlier, samples, bank)
+            local = local_loss(head, own, earlier, data['data_samples'], bank)
+            loss = loss + weight * local
             earlier.update({name: map_.detach() for name, map_ in own.items()})
-        for handle in handles:
-            handle.remove()
-        for name_, map_ in earlier.items():
-            if readers(learner.heads, name_, -1):
-                learner.bank.store(name_, map_)
+        for key in earlier:
+            if readers(learner.heads, key, -1):
+                learner.bank.store(key, earlier[key])
         learner.bank.clear()
         loss.backward()
         optimizer.step()

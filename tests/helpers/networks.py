@@ -150,5 +150,11 @@ class LeakyLearner(LocalLearner):
         return output
 
 
+def learned_map():
+    """A map ``(2, 3, 4, 5)`` with a graph, of values that tell each place."""
+    weight = torch.ones(2, 3, 4, 5, requires_grad=True)
+    return weight * torch.arange(120.0).view(2, 3, 4, 5)
+
+
 def retain(loss, module, complete):
     loss.backward(retain_graph=True)

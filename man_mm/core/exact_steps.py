@@ -173,6 +173,8 @@ class ExactSteps:
             if part not in run.ends:
                 return output
             check_cut(part, output)
+            if self.learner.observer is not None:
+                self.learner.observer.passed_on(run.module, {part: output})
             if self.weight and not run.module.is_last:
                 map_ = run.as_map(part, output)
                 self.learner.remember(run.module, {part: map_})

@@ -35,12 +35,14 @@ class Observer(Protocol):
     """
 
     def passed_on(self, module: LocalModule, maps: Mapping[str, Tensor]) -> None:
-        """A module has ended: its boundary and what the bank keeps are handed on.
+        """A module has ended: what necks, later modules and heads read is handed on.
+
+        In an exact step, it has only run forward, and each map is told as it is made.
 
         Args:
-            module: The module, whose local loss is back-propagated.
-            maps: Its maps ``(N, C, H, W)`` by unit name; that of ``module.cut`` is
-                the boundary.
+            module: The module.
+            maps: Maps ``(N, C, H, W)`` of it by unit name; that of ``module.cut``, if
+                it is there, is the boundary.
         """
 
     def bank_changes(self, maps: Mapping[str, Tensor]) -> AbstractContextManager[None]:

@@ -162,9 +162,10 @@ class MemorySplit:
 
     def passed_on(self, module: LocalModule, maps: Mapping[str, Tensor]) -> None:
         """See `man_mm.core.observer.Observer`."""
-        self._label({self._input}, _INPUT, -1)
-        self._input = self._find(maps[module.cut])
-        self._label({self._input}, _INPUT, 1)
+        if module.cut in maps:
+            self._label({self._input}, _INPUT, -1)
+            self._input = self._find(maps[module.cut])
+            self._label({self._input}, _INPUT, 1)
         handed_on = {self._find(map_) for map_ in maps.values()}
         self._label(handed_on, _HANDED_ON, 1)
         for birth in handed_on - {None}:

@@ -16,7 +16,7 @@ from networks import (
 )
 from torch import nn
 
-from man_mm.core import LocalLearner, MemoryBank
+from man_mm.core import ExactSteps, LocalLearner, MemoryBank
 from man_mm.core.storages import tensor_bytes
 from man_mm.measure import memory_split
 from man_mm.measure.memory import measure_memory
@@ -228,6 +228,28 @@ def test_a_learner_step(name, earlier, losses, saved, owners, bank):
         owners['module1'] = MAP
     assert kinds == expected
     assert modules == owners
+
+
+def at_the_classifier(observed):
+    """Kinds of an exact step when all modules have run without a graph."""
+    learner = build(4)
+    steps = ExactSteps(learner)
+
+    def step():
+        with steps.step(LABELS):
+            loss = model_loss(learner.model)
+        loss.backward()
+        steps.replay()
+        learner.model.zero_grad()
+
+    step()
+    learner.model.classifier.register_forward_pre_hook(spike)
+    return split(step, learner=learner if observed else None)[0]
+
+
+def test_an_exact_step_keeps_boundaries():
+    assert at_the_classifier(True) == {'boundaries': 4 * MAP}
+    assert 'boundaries' not in at_the_classifier(False)  # control
 
 
 def test_the_output_that_micro_batches_put_together_is_a_boundary():

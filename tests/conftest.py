@@ -1,6 +1,7 @@
 """Small real models, and the batches that they train on."""
 
 import copy
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from packages import BUILT_FROM, ROOT, build_wheel, run_python
 
 import man_mm
 
@@ -232,3 +234,35 @@ def train_restorer(model, wrapper, steps=2, start=0):
         torch.manual_seed(step)  # of the paths that SwinIR drops
         logs = model.train_step(image_pairs(seed=step), wrapper)
     return logs
+
+
+@pytest.fixture(scope='session')
+def source_copy(tmp_path_factory):
+    """Copy what a package is built from, since a build writes into its source."""
+    copy = tmp_path_factory.mktemp('source')
+    for name in BUILT_FROM:
+        source = ROOT / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns('__pycache__', 'setup.lock')
+            shutil.copytree(source, copy / name, ignore=ignore)
+        else:
+            shutil.copy2(source, copy / name)
+    return copy
+
+
+@pytest.fixture(scope='session')
+def wheel(source_copy, tmp_path_factory):
+    # What an earlier build left behind must not get into the wheel.
+    leftover = source_copy / 'build/lib/man_mm/deleted_module.py'
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    return build_wheel(source_copy, tmp_path_factory.mktemp('wheel'))
+
+
+@pytest.fixture(scope='session')
+def installed(wheel, tmp_path_factory):
+    """A folder with the package installed in it, as pip does it anywhere."""
+    folder = tmp_path_factory.mktemp('installed')
+    options = ['--no-deps', '--no-index', '--target', folder]
+    run_python('-m', 'pip', 'install', *options, wheel, cwd=folder)
+    return folder

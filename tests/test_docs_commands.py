@@ -22,7 +22,6 @@ class Parsed(Exception):
 
 def parser_of(script, monkeypatch):
     """The argument parser that a script builds when it is called."""
-    monkeypatch.syspath_prepend(str(Path(script).parent))
     found = []
 
     def capture(parser, *_, **__):

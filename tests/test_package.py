@@ -3,21 +3,17 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from packages import build_wheel, run_python
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / 'requirements'
 LISTS = ('runtime', 'det', 'cls', 'sr', 'no-deps', 'dev')
-BUILT_FROM = ('man_mm', 'configs', 'tools', 'tests', 'requirements')
-BUILT_FROM += ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'Makefile', '.ci')
-BUILT_FROM += ('model-index.yml', 'README.md', 'LICENSE')
 OPTIONAL = ('mmcv', 'mmdet', 'mmpretrain', 'mmagic')
 
 BLOCK_IMPORTS = """
@@ -34,25 +30,10 @@ print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))
 """
 
 
-def run_python(*args, cwd=ROOT):
-    command = [sys.executable, *map(str, args)]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
 def import_in_fresh_python(module, blocked=()):
     """Import a module while others are blocked; return what got loaded."""
     code = BLOCK_IMPORTS.format(blocked=blocked) + f'import {module}\n' + PRINT_MODULES
     return set(json.loads(run_python('-c', code).splitlines()[-1]))
-
-
-def build_wheel(source, folder):
-    """Build a wheel and return its path."""
-    options = ['--no-deps', '--no-build-isolation', '--wheel-dir', folder]
-    run_python('-m', 'pip', 'wheel', *options, source, cwd=folder)
-    (wheel,) = folder.glob('*.whl')
-    return wheel
 
 
 def names_in(wheel):
@@ -82,29 +63,6 @@ def unsatisfied(requirements, pins):
         if (pin := pins.get(canonicalize_name(requirement.name))) is not None
         and not requirement.specifier.contains(pin)
     ]
-
-
-@pytest.fixture(scope='module')
-def source_copy(tmp_path_factory):
-    """Copy what a package is built from, since a build writes into its source."""
-    copy = tmp_path_factory.mktemp('source')
-    for name in BUILT_FROM:
-        source = ROOT / name
-        if source.is_dir():
-            ignore = shutil.ignore_patterns('__pycache__', 'setup.lock')
-            shutil.copytree(source, copy / name, ignore=ignore)
-        else:
-            shutil.copy2(source, copy / name)
-    return copy
-
-
-@pytest.fixture(scope='module')
-def wheel(source_copy, tmp_path_factory):
-    # What an earlier build left behind must not get into the wheel.
-    leftover = source_copy / 'build/lib/man_mm/deleted_module.py'
-    leftover.parent.mkdir(parents=True)
-    leftover.touch()
-    return build_wheel(source_copy, tmp_path_factory.mktemp('wheel'))
 
 
 def test_wheel_has_what_mim_reads(wheel):

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from man_mm.leaderboard import board as leaderboard
-from man_mm.leaderboard.tables import documents
+from man_mm.leaderboard import board
+from man_mm.leaderboard.documents import documents
 
 FOLDERS = [path.parent.name for path in sorted(Path('configs').glob('*/README.md'))]
 
 
 def test_every_number_comes_from_a_result():
-    assert leaderboard.check(Path('.')) == []
+    assert board.check(Path('.')) == []
 
 
 @pytest.fixture
@@ -71,19 +71,19 @@ def change(path, old, new):
     ],
 )
 def test_a_changed_number_is_noticed(copy, name, old, new, error):
-    assert leaderboard.check(copy) == []
+    assert board.check(copy) == []
     change(copy / name, old, new)
-    assert error in '\n'.join(leaderboard.check(copy))
+    assert error in '\n'.join(board.check(copy))
 
 
 def test_build_writes_the_tables_again(copy, tmp_path):
     before = {path: path.read_text() for path in documents(copy)}
     for name in ('README.md', 'docs/memory.md'):
         change(copy / name, '| 480.9 MiB |', '| 470.9 MiB |')
-    changed = leaderboard.build(copy, tmp_path / 'site')
+    changed = board.build(copy, tmp_path / 'site')
     assert [path.name for path in changed] == ['README.md', 'memory.md']
     assert {path: path.read_text() for path in documents(copy)} == before
-    assert leaderboard.build(copy, tmp_path / 'site') == []
+    assert board.build(copy, tmp_path / 'site') == []
 
 
 @pytest.mark.parametrize('folder', FOLDERS)

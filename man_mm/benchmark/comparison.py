@@ -1,26 +1,9 @@
-r"""Train configs with several seeds and compare them: accuracy, memory and time.
-
-    mim run man_mm compare end-to-end=configs/end_to_end/edsr_x2_photos.py \
-        MAN=configs/man/edsr_x2_man_photos.py \
-        "no bank=configs/man/edsr_x2_man_photos.py \
-            optim_wrapper.local_learning.aux_head.use_bank=False" \\
-        --seeds 0 1 2 --out benchmarks/results/edsr_x2_photos
-
-For classification, detection and super-resolution alike. Every run writes one JSON
-file; what is there already is not trained again, and a run that was stopped goes on
-from its last checkpoint. Ratios are those to the first entry. Arguments can also come
-from a file, one a line, such as those in ``benchmarks/comparisons``:
-
-    mim run man_mm compare @benchmarks/comparisons/fashion.txt --jobs 2
-"""
+"""Comparisons over seeds: all trainings of several configs, and their results."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import signal
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -28,8 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from .comparison_report import draw_comparison, make_table, markdown_rows
-from .training_runs import Run, RunError, parse_entry, train
+from .training_runs import Run, RunError, train
 
 _PLAIN = dict(highlight=False, markup=False)
 
@@ -89,67 +71,3 @@ def read_folder(folder: Path) -> list[dict]:
     """Reads all result files of a folder, in the order of the entries and seeds."""
     results = read_results(folder.glob('*_seed*.json'))
     return sorted(results, key=lambda result: (result['position'], result['seed']))
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line ``args``, by default the process's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars='@',
-    )
-    parser.add_argument('entries', nargs='*', metavar='"NAME=CONFIG [KEY=VALUE ...]"')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument(
-        '--out', type=Path, default=Path('work_dirs/compare/results'), help='JSON files'
-    )
-    parser.add_argument(
-        '--work-dirs', type=Path, default=Path('work_dirs/compare'), help='checkpoints'
-    )
-    parser.add_argument('--jobs', type=int, default=1, help='trainings at a time')
-    parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='for all'
-    )
-    parser.add_argument('--picture', type=Path, help='PNG file for the curves')
-    parser.add_argument(
-        '--from', dest='source', type=Path, help='show JSON files, train nothing'
-    )
-    parser.add_argument(
-        '--markdown', action='store_true', help='print rows for documents'
-    )
-    options = parser.parse_args(args)
-    signal.signal(signal.SIGTERM, _end)
-    if not (options.entries or options.source):
-        parser.error('give an entry NAME=CONFIG, or --from DIR')
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    if options.source:
-        results = read_folder(options.source)
-    else:
-        try:
-            entries = [
-                parse_entry(text, tuple(options.cfg_options))
-                for text in options.entries
-            ]
-        except ValueError as error:
-            parser.error(str(error))
-        runs = [
-            Run(entry, seed, options.out, options.work_dirs, position)
-            for seed in options.seeds
-            for position, entry in enumerate(entries)
-        ]
-        try:
-            run_all(runs, options.jobs, console)
-        except RunError as error:
-            sys.exit(str(error))
-        results = read_results(run.path for run in runs)
-    if options.markdown:
-        print('\n'.join(markdown_rows(results)))
-    else:
-        console.print(make_table(results))
-    if options.picture:
-        draw_comparison(results, options.picture)
-        console.print(options.picture, **_PLAIN)
-
-
-def _end(*_) -> None:
-    sys.exit('Ended, the trainings too. The same command goes on where they were.')

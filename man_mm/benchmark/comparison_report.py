@@ -1,19 +1,13 @@
-"""Table and picture of `compare`."""
+"""The table of a comparison."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib
-import numpy as np
 from rich.table import Table
 
 from .records import MIB
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 
 
 def group_results(results: Sequence[dict]) -> dict[str, list[dict]]:
@@ -27,7 +21,7 @@ def group_results(results: Sequence[dict]) -> dict[str, list[dict]]:
 def make_table(results: Sequence[dict]) -> Table:
     """One row an entry: metrics as mean and standard deviation, memory, time."""
     groups = group_results(results)
-    metrics = _metrics(results)
+    metrics = metric_names(results)
     seeds = sorted({result['seed'] for result in results})
     table = Table(title=f'seeds {", ".join(map(str, seeds))}')
     table.add_column('')
@@ -45,11 +39,12 @@ def markdown_rows(results: Sequence[dict]) -> list[str]:
     Without times, since other trainings may have run beside: `benchmark`
     measures those, in turn.
     """
-    rows = _rows(group_results(results), _metrics(results))
+    rows = _rows(group_results(results), metric_names(results))
     return [f'| {" | ".join(row[:-2])} |' for row in rows]
 
 
-def _metrics(results: Sequence[dict]) -> list[str]:
+def metric_names(results: Sequence[dict]) -> list[str]:
+    """The metrics of any result, in the order in which they come."""
     return list(dict.fromkeys(key for result in results for key in result['metrics']))
 
 
@@ -58,7 +53,7 @@ def _rows(groups: dict[str, list[dict]], metrics: Sequence[str]) -> list[list[st
     base = next(iter(groups.values()))
     for name, group in groups.items():
         values = [_spread([r['metrics'][key] for r in group]) for key in metrics]
-        difference = _mean(group, metrics[0]) - _mean(base, metrics[0])
+        difference = mean_of(group, metrics[0]) - mean_of(base, metrics[0])
         peak, seconds = group[0]['peak_bytes'], _seconds(group)
         rows.append(
             [
@@ -74,7 +69,8 @@ def _rows(groups: dict[str, list[dict]], metrics: Sequence[str]) -> list[list[st
     return rows
 
 
-def _mean(group: Sequence[dict], metric: str) -> float:
+def mean_of(group: Sequence[dict], metric: str) -> float:
+    """A metric's mean over the seeds of an entry."""
     return statistics.mean(result['metrics'][metric] for result in group)
 
 
@@ -88,47 +84,3 @@ def _spread(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f'{mean:.{digits}f}'
     return f'{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}'
-
-
-def draw_comparison(results: Sequence[dict], path: Path) -> None:
-    """Draws the network's own loss over the training, every result, and its memory.
-
-    Args:
-        results: Results of all runs.
-        path: PNG file.
-    """
-    groups, metric = group_results(results), _metrics(results)[0]
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(16, 4.5), layout='constrained', width_ratios=(3, 2, 2)
-    )
-    colours = plt.get_cmap('tab10' if len(groups) <= 10 else 'tab20').colors
-    for index, (name, group) in enumerate(groups.items()):
-        colour = colours[index % len(colours)]
-        curves = np.array([result['curves']['loss'] for result in group])
-        step = group[0]['curves']['step']
-        left.plot(step, curves.mean(0), color=colour, label=name)
-        left.fill_between(step, curves.min(0), curves.max(0), color=colour, alpha=0.15)
-        values = [result['metrics'][metric] for result in group]
-        mean, peak = _mean(group, metric), group[0]['peak_bytes'] / MIB
-        middle.plot(values, [index] * len(values), 'o', color=colour, alpha=0.6)
-        middle.plot(mean, index, '|', color=colour, markersize=24)
-        right.plot([peak] * 2, [min(values), max(values)], color=colour)
-        right.plot(peak, mean, 'o', color=colour)
-    low, high = np.percentile([r['curves']['loss'] for r in results], (0, 90))
-    left.set(
-        xlabel='step',
-        ylabel="the network's own loss",
-        ylim=(low - 0.05 * (high - low), high),
-        title='mean, least and greatest of the seeds',
-    )
-    left.legend(fontsize='small', ncols=-(-len(groups) // 10))
-    middle.set(xlabel=metric, title='every seed, and the mean')
-    middle.set_yticks(range(len(groups)), list(groups))
-    middle.invert_yaxis()
-    middle.grid(axis='x', alpha=0.3)
-    right.set(xlabel='peak MiB', ylabel=metric, title='against memory')
-    right.set_xlim(left=0)
-    right.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

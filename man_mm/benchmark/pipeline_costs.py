@@ -1,55 +1,93 @@
-"""Measure a pipeline of processes: ``mim run man_mm benchmark_pipeline CONFIG``.
-
-Trains a model by local learning in one process, and the same modules in several
-processes that each work a batch ahead of the next one (`man_mm.core.ModulePipeline`).
-Both ways give the same weights, bit by bit. In every round, one after the other:
-
-- a batch in one process, with one thread, module by module;
-- a batch in one process, with a thread on each processor;
-- a batch in one process while the other processes train copies of their own: what
-  processors that share caches, memory or a core cost each other;
-- a batch in the pipeline when it is full, with one thread a process.
-
-Each is taken by two clocks. The wall's is what counts on an idle machine. If others use
-the processors, it says little: two processes get a larger share of them than one. Time
-on the processor does not count the others; that of a pipeline is its slowest rank's.
-
-The link between processes is measured before. From modules, link and slowdown, a model
-predicts the pipeline, which is shown beside what was measured, and pipelines of more
-devices, which are predictions only. Batches are random and the same each time; reading
-data is not part of it.
-"""
+"""A pipeline of processes: what is measured of it, and what is predicted."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
 import statistics
 import tempfile
-import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.multiprocessing as mp
-from rich.console import Console
 from rich.table import Table
 
+from man_mm.engine.config_files import load_config
 from man_mm.parallel.prediction import Link, group_modules, predict_step
 
-from .pipeline_ranks import measure_rank
+from .pipeline_ranks import PipelineSettings, measure_rank
 from .records import MIB, cpu_name, versions
-from .scheme_costs import load_config
-from .schemes import SchemeError, parse_scheme, scheme_config
+from .schemes import parse_scheme, scheme_config
 
 
-def make_record(measured: dict, args: argparse.Namespace) -> dict:
+@dataclass(frozen=True)
+class GivenDevices:
+    """Devices of which there is a prediction only.
+
+    Attributes:
+        counts: How many, in each prediction.
+        speed: How many times faster than this processor.
+        bandwidth: Of the links between them, in GB a second.
+        latency: Of the links, in microseconds.
+    """
+
+    counts: tuple[int, ...] = (4, 8)
+    speed: float = 100
+    bandwidth: float = 10
+    latency: float = 20
+
+
+def measure_pipeline(settings: PipelineSettings, given: GivenDevices) -> dict:
+    """Measures a pipeline beside one process, and predicts larger ones.
+
+    Args:
+        settings: What is measured.
+        given: Devices of which there is a prediction only.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: If it cannot work, before anything is measured.
+    """
+    check(settings, given)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(measure_rank, (settings, folder), nprocs=settings.processes)
+        measured = json.loads(Path(folder, 'result.json').read_text())
+    return make_record(measured, settings, given)
+
+
+def check(settings: PipelineSettings, given: GivenDevices) -> None:
+    """Tells what cannot work before anything is measured.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if settings.processes < 2:
+        raise ValueError('--processes must be at least 2.')
+    most = max(settings.processes, *given.counts)
+    if settings.modules < most:
+        raise ValueError(f'--modules must be at least {most}, a module for each.')
+    if min(settings.steps, settings.repeats, settings.in_flight) < 1:
+        raise ValueError('--steps, --repeats and --in-flight must be at least 1.')
+    if min(given.speed, given.bandwidth) <= 0 or given.latency < 0:
+        raise ValueError('--speed and --bandwidth must be more than 0.')
+    scheme = parse_scheme(f'local+K={settings.modules}')
+    cfg = load_config(settings.config, settings.options)
+    scheme_config(cfg, scheme, (settings.batch, 3, *settings.size))
+
+
+def make_record(
+    measured: dict, settings: PipelineSettings, given: GivenDevices
+) -> dict:
     """What is stored: measurements, their medians, and predictions.
 
     Args:
         measured: What the processes measured.
-        args: Arguments of the tool.
+        settings: What was measured.
+        given: Devices of which there is a prediction only.
     """
     rounds = measured['rounds']
     seconds = {
@@ -69,27 +107,27 @@ def make_record(measured: dict, args: argparse.Namespace) -> dict:
     modules = [statistics.median(column) for column in columns]
     sent, link = measured['packet_bytes'], Link(**measured['link'])
     predicted = predict_step(modules, measured['sizes'], sent, link, slowdown)
-    given = Link(args.latency / 1e6, args.bandwidth * 1e9)
-    faster = [second / args.speed for second in modules]
+    given_link = Link(given.latency / 1e6, given.bandwidth * 1e9)
+    faster = [second / given.speed for second in modules]
     command = [
         *('mim', 'run', 'man_mm', 'benchmark_pipeline'),
-        args.config,
+        settings.config,
         '--size',
-        *args.size,
+        *settings.size,
     ]
     for key in ('batch', 'modules', 'processes', 'steps', 'repeats', 'in_flight'):
-        command += [f'--{key.replace("_", "-")}', getattr(args, key)]
-    command += ['--devices', *args.devices, '--speed', args.speed]
-    command += ['--bandwidth', args.bandwidth, '--latency', args.latency]
-    if args.cfg_options:
-        command += ['--cfg-options', *args.cfg_options]
+        command += [f'--{key.replace("_", "-")}', getattr(settings, key)]
+    command += ['--devices', *given.counts, '--speed', given.speed]
+    command += ['--bandwidth', given.bandwidth, '--latency', given.latency]
+    if settings.options:
+        command += ['--cfg-options', *settings.options]
     return dict(
-        config=args.config,
-        size=list(args.size),
-        batch=args.batch,
-        processes=args.processes,
-        steps=args.steps,
-        in_flight=args.in_flight,
+        config=settings.config,
+        size=list(settings.size),
+        batch=settings.batch,
+        processes=settings.processes,
+        steps=settings.steps,
+        in_flight=settings.in_flight,
         **measured,
         seconds=seconds,
         module_seconds=modules,
@@ -101,10 +139,14 @@ def make_record(measured: dict, args: argparse.Namespace) -> dict:
         predicted_seconds=predicted,
         predicted_speedup=sum(modules) / predicted,
         predictions=[
-            *(_prediction(modules, sent, n, link, 'measured') for n in args.devices),
-            *(_prediction(faster, sent, n, given, 'given') for n in args.devices),
+            *(_prediction(modules, sent, n, link, 'measured') for n in given.counts),
+            *(_prediction(faster, sent, n, given_link, 'given') for n in given.counts),
         ],
-        given=dict(speed=args.speed, bandwidth=given.bandwidth, latency=given.latency),
+        given=dict(
+            speed=given.speed,
+            bandwidth=given_link.bandwidth,
+            latency=given_link.latency,
+        ),
         hardware=dict(cpu=cpu_name(), cpus=os.cpu_count(), load=os.getloadavg()[0]),
         versions=versions(),
         command=shlex.join(map(str, command)),
@@ -203,70 +245,11 @@ def make_tables(record: dict) -> list[Table]:
     return [measured, predicted]
 
 
-def check(args: argparse.Namespace) -> None:
-    """Tells what cannot work before anything is measured.
-
-    Raises:
-        ValueError: If it cannot.
-    """
-    if args.processes < 2:
-        raise ValueError('--processes must be at least 2.')
-    most = max(args.processes, *args.devices)
-    if args.modules < most:
-        raise ValueError(f'--modules must be at least {most}, a module for each.')
-    if min(args.steps, args.repeats, args.in_flight) < 1:
-        raise ValueError('--steps, --repeats and --in-flight must be at least 1.')
-    if min(args.speed, args.bandwidth) <= 0 or args.latency < 0:
-        raise ValueError('--speed and --bandwidth must be more than 0.')
-    scheme = parse_scheme(f'local+K={args.modules}')
-    cfg = load_config(args.config, args.cfg_options)
-    scheme_config(cfg, scheme, (args.batch, 3, *args.size))
-
-
-def main() -> None:
-    """Runs the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('config', metavar='CONFIG')
-    parser.add_argument(
-        '--size', type=int, nargs=2, default=(224, 224), help='height and width'
-    )
-    parser.add_argument('--batch', type=int, default=4, help='images in a step')
-    parser.add_argument('--modules', type=int, default=8, help='modules (balanced)')
-    parser.add_argument('--processes', type=int, default=2, help='of the pipeline')
-    parser.add_argument('--steps', type=int, default=6, help='timed batches a round')
-    parser.add_argument('--repeats', type=int, default=5, help='rounds')
-    parser.add_argument('--in-flight', type=int, default=2, help='batches ahead')
-    parser.add_argument(
-        '--devices', type=int, nargs='+', default=[4, 8], help='to predict'
-    )
-    given = parser.add_argument_group('devices of which there is a prediction only')
-    given.add_argument(
-        '--speed', type=float, default=100, help='times faster than this processor'
-    )
-    given.add_argument('--bandwidth', type=float, default=10, help='of links, in GB/s')
-    given.add_argument('--latency', type=float, default=20, help='of links, in µs')
-    parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='overrides'
-    )
-    parser.add_argument('--out', type=Path, help='folder for the JSON file')
-    args = parser.parse_args()
-    for message in ('.*use_reentrant', 'pkg_resources'):
-        warnings.filterwarnings('ignore', message=message)
-    try:
-        check(args)
-    except (SchemeError, ValueError) as error:
-        parser.error(str(error))
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure_rank, (args, folder), nprocs=args.processes)
-        measured = json.loads(Path(folder, 'result.json').read_text())
-    record = make_record(measured, args)
-    for table in make_tables(record):
-        Console().print(table)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        height, width = args.size
-        name = f'{Path(args.config).stem}_{height}x{width}_b{args.batch}'
-        path = args.out / f'{name}_p{args.processes}.json'
-        path.write_text(json.dumps(record, indent=2) + '\n')
+def write_record(record: dict, out: Path) -> Path:
+    """Writes the JSON file of a record, and returns its path."""
+    out.mkdir(parents=True, exist_ok=True)
+    height, width = record['size']
+    stem = f'{Path(record["config"]).stem}_{height}x{width}_b{record["batch"]}'
+    path = out / f'{stem}_p{record["processes"]}.json'
+    path.write_text(json.dumps(record, indent=2) + '\n')
+    return path

@@ -1,4 +1,4 @@
-"""The processes of `benchmark_pipeline`: what they train, and what they measure."""
+"""The processes of a pipeline that is measured: what they train, and what they time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import os
 import statistics
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -20,43 +20,73 @@ from man_mm.backbones import find_backbone, find_units
 from man_mm.core import LocalLearner, LocalModule, MemoryBank
 from man_mm.core.partition import ends_of_stages
 from man_mm.core.storages import tensor_bytes
+from man_mm.engine.config_files import load_config
+from man_mm.engine.quiet import quiet
 from man_mm.measure.synthetic_batch import synthetic_batch
 from man_mm.parallel import ModulePipeline
 from man_mm.parallel.channel import Channel
 from man_mm.parallel.prediction import Link, group_modules
 
-from .scheme_costs import load_config
 from .schemes import parse_scheme, scheme_config
-from .training_steps import build_model, build_wrapper, quiet
+from .training_steps import build_model, build_wrapper
 
 _WARM = 2  # batches until the pipeline is full
 _BIG = 2**24  # bytes
 _TIMEOUT = timedelta(minutes=20)
 
 
+@dataclass(frozen=True)
+class PipelineSettings:
+    """What is measured of a pipeline.
+
+    Attributes:
+        config: Path of the config.
+        size: Height and width of the images in pixels.
+        batch: Images in a step.
+        modules: Modules of equal memory.
+        processes: Processes that share them.
+        steps: Timed batches a round.
+        repeats: Rounds.
+        in_flight: Batches that a process may be ahead of the next one.
+        options: Settings that override the config, each ``KEY=VALUE``.
+    """
+
+    config: str
+    size: tuple[int, int] = (224, 224)
+    batch: int = 4
+    modules: int = 8
+    processes: int = 2
+    steps: int = 6
+    repeats: int = 5
+    in_flight: int = 2
+    options: tuple[str, ...] = ()
+
+
 class Trainer:
     """Trains a model on one batch again and again, alone or as a rank of a pipeline.
 
     Args:
-        args: Arguments of the tool.
+        settings: What is trained, and how often.
         group: Processes that share the modules.
         sizes: Modules of each. Defaults to all on the only one.
     """
 
     def __init__(
         self,
-        args: Namespace,
+        settings: PipelineSettings,
         group: dist.ProcessGroup,
         sizes: list[int] | None = None,
     ) -> None:
-        shape = (args.batch, 3, *args.size)
-        scheme = parse_scheme(f'local+K={args.modules}')
-        cfg = scheme_config(load_config(args.config, args.cfg_options), scheme, shape)
+        shape = (settings.batch, 3, *settings.size)
+        scheme = parse_scheme(f'local+K={settings.modules}')
+        cfg = scheme_config(
+            load_config(settings.config, settings.options), scheme, shape
+        )
         self.model = build_model(cfg.model)
         wrapper = build_wrapper(self.model, cfg)
         self.learner: LocalLearner = wrapper.learner
         self.pipeline = ModulePipeline(
-            self.learner, sizes, read_by_neck(self.model), args.in_flight, group
+            self.learner, sizes, read_by_neck(self.model), settings.in_flight, group
         )
         self.optimizer = wrapper.optimizer
         own = set(self.pipeline.params())
@@ -123,13 +153,13 @@ def read_by_neck(model: nn.Module) -> list[str]:
     return [unit.name for unit, _ in ends if unit.stage in stages]
 
 
-def measure_rank(rank: int, args: Namespace, folder: str) -> None:
+def measure_rank(rank: int, settings: PipelineSettings, folder: str) -> None:
     """Runs one process; rank 0 leaves what was measured in ``folder/result.json``."""
     dist.init_process_group(
         'gloo',
         init_method=f'file://{folder}/store',
         rank=rank,
-        world_size=args.processes,
+        world_size=settings.processes,
         timeout=_TIMEOUT,
     )
     cpus = sorted(os.sched_getaffinity(0))
@@ -137,14 +167,14 @@ def measure_rank(rank: int, args: Namespace, folder: str) -> None:
     world = dist.group.WORLD
     alone = dist.new_group([rank], use_local_synchronization=True)
     with quiet():
-        single = Trainer(args, alone)
+        single = Trainer(settings, alone)
     single.step()  # makes the optimizer's state
     sent = single.packet_bytes()
     modules = [single.module_seconds() for _ in range(3)] if rank == 0 else []
-    plan = [group_modules(_medians(modules), args.processes) if modules else None]
+    plan = [group_modules(_medians(modules), settings.processes) if modules else None]
     dist.broadcast_object_list(plan)
     with quiet():
-        piped = Trainer(args, world, plan[0])
+        piped = Trainer(settings, world, plan[0])
     result = dict(
         cuts=[module.cut for module in single.learner.modules[:-1]],
         sizes=plan[0],
@@ -152,17 +182,17 @@ def measure_rank(rank: int, args: Namespace, folder: str) -> None:
         link=vars(measure_link(rank)),
         rounds=[],
     )
-    for number in range(args.repeats):
-        row = measure_round(rank, args, single, piped, cpus)
+    for number in range(settings.repeats):
+        row = measure_round(rank, settings, single, piped, cpus)
         result['rounds'].append(row)
         if rank == 0:
             print(
-                f'round {number + 1} of {args.repeats}: one process '
-                f'{row["wall"]["alone"]:.2f} s, {args.processes} processes '
+                f'round {number + 1} of {settings.repeats}: one process '
+                f'{row["wall"]["alone"]:.2f} s, {settings.processes} processes '
                 f'{row["wall"]["pipeline"]:.2f} s a batch',
                 flush=True,
             )
-    totals = [None] * args.processes
+    totals = [None] * settings.processes
     dist.all_gather_object(totals, piped.pipeline.sent_bytes)
     result['sent_bytes'] = totals[:-1]
     if rank == 0:
@@ -172,7 +202,11 @@ def measure_rank(rank: int, args: Namespace, folder: str) -> None:
 
 
 def measure_round(
-    rank: int, args: Namespace, single: Trainer, piped: Trainer, cpus: list[int]
+    rank: int,
+    settings: PipelineSettings,
+    single: Trainer,
+    piped: Trainer,
+    cpus: list[int],
 ) -> dict:
     """Seconds of a batch in each way, one after the other.
 
@@ -185,23 +219,25 @@ def measure_round(
     row = dict(wall={}, cpu={})
     dist.barrier()
     if rank == 0:
-        row['modules'] = _medians([single.module_seconds() for _ in range(args.steps)])
-        row['wall']['alone'], row['cpu']['alone'] = _times(single.step, args.steps)
+        row['modules'] = _medians(
+            [single.module_seconds() for _ in range(settings.steps)]
+        )
+        row['wall']['alone'], row['cpu']['alone'] = _times(single.step, settings.steps)
         _use(cpus)
-        row['wall']['threads'], _ = _times(single.step, args.steps)
+        row['wall']['threads'], _ = _times(single.step, settings.steps)
         _use(cpus[:1])
     dist.barrier()
-    row['wall']['copies'], row['cpu']['copies'] = _times(single.step, args.steps)
+    row['wall']['copies'], row['cpu']['copies'] = _times(single.step, settings.steps)
     dist.barrier()
     ends = []
-    for _ in range(_WARM + args.steps + args.in_flight):
+    for _ in range(_WARM + settings.steps + settings.in_flight):
         piped.step()
         ends.append((time.perf_counter(), time.process_time()))
     # After these, earlier ranks have nothing more to do, and slow nobody down.
-    first, last = ends[_WARM - 1], ends[_WARM - 1 + args.steps]
-    pace = [(b - a) / args.steps for a, b in zip(first, last, strict=True)]
+    first, last = ends[_WARM - 1], ends[_WARM - 1 + settings.steps]
+    pace = [(b - a) / settings.steps for a, b in zip(first, last, strict=True)]
     piped.pipeline.flush()
-    paces = [None] * args.processes
+    paces = [None] * settings.processes
     dist.all_gather_object(paces, pace)
     row['wall']['pipeline'] = paces[-1][0]
     row['cpu']['pipeline'] = max(cpu for _, cpu in paces)

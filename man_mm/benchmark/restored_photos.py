@@ -1,22 +1,13 @@
-r"""Draw what super-resolution models return, side by side with their PSNR.
-
-    mim run man_mm preview_photos configs/end_to_end/edsr_x2_photos.py \
-        end-to-end=work_dirs/.../iter_500.pth MAN=work_dirs/.../iter_500.pth
-
-One row a picture of the config's validation set: the input (bicubic), every model and
-the ground truth, each a crop of the part with the most detail; the PSNR is that of the
-whole picture. Checkpoints are loaded strictly into the plain model of the config.
-"""
+"""What super-resolution models return, side by side with their PSNR."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint
@@ -24,11 +15,7 @@ from PIL import Image
 from rich.progress import track
 from skimage.metrics import peak_signal_noise_ratio
 
-from .scheme_costs import load_config
-from .training_steps import quiet
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+from man_mm.engine.quiet import quiet
 
 _CROP = 96  # pixels of the ground truth
 
@@ -87,13 +74,9 @@ def draw(pictures: Sequence[dict[str, np.ndarray]], scale: int, path: Path) -> N
         path: PNG file.
     """
     columns = list(pictures[0])
-    figure, axes = plt.subplots(
-        len(pictures),
-        len(columns),
-        figsize=(2.6 * len(columns), 2.75 * len(pictures)),
-        squeeze=False,
-        layout='constrained',
-    )
+    size = (2.6 * len(columns), 2.75 * len(pictures))
+    figure = Figure(figsize=size, layout='constrained')
+    axes = figure.subplots(len(pictures), len(columns), squeeze=False)
     for row, images in zip(axes, pictures, strict=True):
         top, left = _most_detailed(images['ground truth'])
         inner = {k: v[scale:-scale, scale:-scale] for k, v in images.items()}
@@ -107,7 +90,6 @@ def draw(pictures: Sequence[dict[str, np.ndarray]], scale: int, path: Path) -> N
             axis.set_title(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _most_detailed(image: np.ndarray) -> tuple[int, int]:
@@ -123,26 +105,3 @@ def _most_detailed(image: np.ndarray) -> tuple[int, int]:
     return max(
         corners, key=lambda c: detail[c[0] : c[0] + _CROP, c[1] : c[1] + _CROP].sum()
     )
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line ``args``, by default the process's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('config', help='of the plain model')
-    parser.add_argument('checkpoints', nargs='+', metavar='NAME=CHECKPOINT')
-    parser.add_argument('--count', type=int, default=4, help='pictures')
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/preview.png'))
-    options = parser.parse_args(args)
-    checkpoints = dict(
-        text.split('=', 1) for text in options.checkpoints if '=' in text
-    )
-    wrong = [text for text in options.checkpoints if '=' not in text]
-    wrong += [path for path in checkpoints.values() if not Path(path).is_file()]
-    if wrong:
-        parser.error(f'write NAME=CHECKPOINT, with a file that exists: {wrong[0]!r}')
-    cfg = load_config(options.config)
-    pictures = restore(cfg, checkpoints, options.count)
-    draw(pictures, cfg.scale, options.out)
-    print(options.out)

@@ -1,90 +1,45 @@
-"""Measure training schemes side by side: ``mim run man_mm benchmark CONFIG``.
-
-Every scheme trains the same model from the same weights on the same images, in one
-process. For each of them:
-
-- memory: the peak of live tensor bytes above the start of a training step whose
-  optimizer state exists already, and what it consists of;
-- time: the median of steps that are taken in turn with those of the other schemes;
-- floating-point operations of a step;
-- exactness: how far the model's weights after the first step are from those of the
-  reference, as a share of the length of the reference's first update. 0 is bit for
-  bit, 1e-7 to 1e-4 is rounding (Adam magnifies it: it divides small gradients by
-  themselves), and more is another method. The reference is the first scheme with the
-  same cuts and auxiliary heads, or for schemes without cuts the first of those.
-
-Ratios are those to end-to-end training, or to the first scheme.
-"""
+"""What training schemes cost side by side: bytes, operations, time, exactness."""
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import random
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.utils import import_modules_from_strings
+from mmengine.config import Config
+from mmengine.registry import MODELS
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from man_mm.backbones import find_backbone, find_units, image_channels
 from man_mm.core import Unit
+from man_mm.engine.config_files import load_config
+from man_mm.engine.quiet import quiet
 from man_mm.measure.flops import count_flops
 from man_mm.measure.memory import measure_memory
 from man_mm.measure.synthetic_batch import synthetic_batch
 
-from .records import (
-    MIB,
-    make_records,
-    make_tables,
-    markdown_rows,
-    read_records,
-    write_records,
-)
-from .scheme_pictures import draw_pictures
+from .records import MIB, make_records, write_records
 from .schemes import (
     ALL,
     SchemeError,
     default_schemes,
-    describe_options,
     parse_scheme,
     scheme_config,
 )
-from .training_steps import Built, build_scheme, cut_names, quiet
+from .training_steps import Built, build_scheme, cut_names
 
 _PLAIN = dict(highlight=False, markup=False)
 
 
-def load_config(path: str, options: Sequence[str] = ()) -> Config:
-    """Loads a config, its custom imports and its default scope.
-
-    Args:
-        path: Path of the config.
-        options: Settings to override, each ``KEY=VALUE``.
-    """
-    cfg = Config.fromfile(path)
-    if options:
-        parser = argparse.ArgumentParser()
-        parser.add_argument('--options', nargs='+', action=DictAction)
-        cfg.merge_from_dict(parser.parse_args(['--options', *options]).options)
-    import_modules_from_strings(**cfg.get('custom_imports', dict(imports=None)))
-    with quiet():
-        init_default_scope(cfg.get('default_scope', 'mmdet'))
-    return cfg
-
-
-def measure(
+def measure_schemes(
     cfg: Config,
     size: tuple[int, int],
     batch: int,
@@ -231,78 +186,52 @@ def _seconds(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    """Runs the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f'options of schemes:\n{describe_options()}',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('configs', nargs='*', metavar='CONFIG')
-    parser.add_argument('--schemes', nargs='+', help='such as local+K=4+micro=1')
-    parser.add_argument(
-        '--size', type=int, nargs=2, default=(800, 1333), help='height and width'
-    )
-    parser.add_argument(
-        '--batch', type=int, nargs='+', default=[1], help='images in a step'
-    )
-    parser.add_argument('--repeats', type=int, default=5, help='timed steps')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='overrides'
-    )
-    parser.add_argument('--out', type=Path, help='folder for JSON files')
-    parser.add_argument('--picture', type=Path, help='PNG file for the comparison')
-    parser.add_argument(
-        '--from', dest='source', type=Path, help='show JSON files, measure nothing'
-    )
-    parser.add_argument(
-        '--markdown', action='store_true', help='print rows for documents'
-    )
-    args = parser.parse_args()
-    if not (args.configs or args.source):
-        parser.error('give a CONFIG, or --from DIR')
-    if args.repeats < 1:
-        parser.error('--repeats must be at least 1')
-    for message in ('.*use_reentrant', 'pkg_resources'):
-        warnings.filterwarnings('ignore', message=message)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    try:
-        records = measure_all(args, console)
-    except SchemeError as error:
-        parser.error(str(error))
-    if args.markdown:
-        print('\n'.join(markdown_rows(records)))
-    else:
-        for table in make_tables(records):
-            console.print(table)
-    if args.picture:
-        for path in draw_pictures(records, args.picture):
-            console.print(path)
+def measure_configs(
+    configs: Sequence[str],
+    size: tuple[int, int],
+    batches: Sequence[int],
+    repeats: int,
+    schemes: Sequence[str] | None = None,
+    device: str = 'cpu',
+    options: Sequence[str] = (),
+    out: Path | None = None,
+    console: Console | None = None,
+) -> list[dict]:
+    """Measures schemes of every config with every batch.
 
+    Args:
+        configs: Paths of configs.
+        size: Height and width of the images in pixels.
+        batches: Images in a step.
+        repeats: Timed steps a scheme.
+        schemes: As in `measure_schemes`.
+        device: Where to train.
+        options: Settings that override the configs, each ``KEY=VALUE``.
+        out: Folder for JSON files, written as soon as a config is measured.
+        console: Where progress is shown.
 
-def measure_all(args: argparse.Namespace, console: Console) -> list[dict]:
-    """Measures every config with every batch, or reads what was measured."""
-    if args.source:
-        return read_records(args.source, args.configs)
+    Returns:
+        The records of `make_records`.
+
+    Raises:
+        SchemeError: If a scheme is not possible; of all configs before the first is
+            measured.
+    """
+    console = console or Console()
     # Hours of measuring must not end in an error that could have been told before.
-    for config, batch in itertools.product(args.configs, args.batch):
-        cfg = load_config(config, args.cfg_options)
-        for name in args.schemes or ():
+    for config, batch in itertools.product(configs, batches):
+        cfg = load_config(config, options)
+        for name in schemes or ():
             scheme = parse_scheme(name)
             with _naming(name):
-                scheme_config(cfg, scheme, (batch, 3, *args.size), args.device)
+                scheme_config(cfg, scheme, (batch, 3, *size), device)
     everything = []
-    for config, batch in itertools.product(args.configs, args.batch):
-        console.rule(f'{Path(config).stem}, {batch} x {args.size[0]}x{args.size[1]}')
-        cfg = load_config(config, args.cfg_options)
-        results = measure(
-            cfg, args.size, batch, args.repeats, args.schemes, args.device, console
-        )
-        records = make_records(
-            results, config, args.size, batch, args.device, args.cfg_options
-        )
+    for config, batch in itertools.product(configs, batches):
+        console.rule(f'{Path(config).stem}, {batch} x {size[0]}x{size[1]}')
+        cfg = load_config(config, options)
+        results = measure_schemes(cfg, size, batch, repeats, schemes, device, console)
+        records = make_records(results, config, size, batch, device, options)
         everything += records
-        if args.out:
-            write_records(records, args.out)
+        if out:
+            write_records(records, out)
     return everything

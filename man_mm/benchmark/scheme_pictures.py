@@ -6,16 +6,15 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-from .records import MIB, group_records
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
+
+from .records import MIB, group_records
 
 COLOURS = {'end-to-end': 'tab:blue', 'local': 'tab:orange'}
 _DPI = 130
@@ -47,14 +46,10 @@ def _draw_fronts(groups: dict[tuple, list[dict]], path: Path) -> None:
     """Memory against time, one panel for each config and batch."""
     columns = min(len(groups), 2)
     rows = -(-len(groups) // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(7.5 * columns, 5.5 * rows),
-        squeeze=False,
-        layout='constrained',
-        dpi=_DPI,
-    )
+    size = (7.5 * columns, 5.5 * rows)
+    figure = Figure(figsize=size, layout='constrained', dpi=_DPI)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for panel in axes.flat[len(groups) :]:
         panel.set_axis_off()
     for panel, ((config, size, batch, device), group) in zip(
@@ -78,12 +73,11 @@ def _draw_fronts(groups: dict[tuple, list[dict]], path: Path) -> None:
             title=f'{Path(config).stem}, {batch} × {size[0]}×{size[1]}, {device}',
         )
         panel.grid(alpha=0.3)
-    figure.canvas.draw()  # the layout is final now, so labels can be placed
+    canvas.draw()  # the layout is final now, so labels can be placed
     figure.set_layout_engine('none')
     for panel, group in zip(axes.flat, groups.values(), strict=False):
         _place_labels(panel, group)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def _front(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -180,14 +174,8 @@ def _draw_growth(records: Sequence[dict], path: Path) -> None:
     configs = list(dict.fromkeys(row['config'] for row in records))
     over_batch = len(batches) > 1
     rows = configs if over_batch else [None]
-    figure, axes = plt.subplots(
-        len(rows),
-        2,
-        figsize=(13, 5.2 * len(rows)),
-        squeeze=False,
-        layout='constrained',
-        dpi=_DPI,
-    )
+    figure = Figure(figsize=(13, 5.2 * len(rows)), layout='constrained', dpi=_DPI)
+    axes = figure.subplots(len(rows), 2, squeeze=False)
     for pair, config in zip(axes, rows, strict=True):
         chosen = [row for row in records if config in (None, row['config'])]
         names = list(dict.fromkeys(row['scheme'] for row in chosen))
@@ -221,7 +209,6 @@ def _draw_growth(records: Sequence[dict], path: Path) -> None:
             fontsize=8,
         )
     figure.savefig(path)
-    plt.close(figure)
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict]:
@@ -229,7 +216,7 @@ def _styles(names: Sequence[str]) -> dict[str, dict]:
     styles, markers = {}, 'osD^v<>PX*hd'
     for base, palette in (('end-to-end', 'winter'), ('local', 'autumn')):
         family = [name for name in names if name.partition('+')[0] == base]
-        shades = plt.get_cmap(palette)(np.linspace(0, 0.8, max(len(family), 1)))
+        shades = colormaps[palette](np.linspace(0, 0.8, max(len(family), 1)))
         for index, name in enumerate(family):
             styles[name] = dict(
                 color=shades[index], marker=markers[index % len(markers)], ms=5, lw=1.3

@@ -1,43 +1,28 @@
-r"""Measure how well each stage of trained networks tells classes apart: linear probes.
-
-    mim run man_mm probe_stages configs/end_to_end/retinanet_r18_scenes.py \
-        end-to-end=work_dirs/.../iter_900.pth MAN=work_dirs/.../iter_900.pth
-
-A probe is a linear classifier on what a stage of the frozen backbone returns: on the
-average of its map over an image of a classifier, over the box of each object of a
-detector. It learns from one half of the config's validation images, and its accuracy is
-that on the other half. Where local learning loses, this tells in which stage.
-"""
+"""Linear probes: how well each stage of a trained network tells classes apart."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from man_mm.backbones import find_backbone, find_units, probe
+from man_mm.engine.config_files import load_config
+from man_mm.engine.quiet import quiet
 
 from .comparison import read_results
 from .records import provenance, versions
-from .scheme_costs import load_config
 from .training_runs import slug
-from .training_steps import quiet
 
 _STEPS = 1000  # at most, of fitting a probe
 
@@ -126,6 +111,11 @@ def fit_probes(
     Raises:
         ValueError: If one half has less than two classes.
     """
+    # Slow to import, and needed here only.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     tested = images % 2 == 1
     if min(len(labels[tested].unique()), len(labels[~tested].unique())) < 2:
         raise ValueError('there are too few images for a probe: give more.')
@@ -163,50 +153,55 @@ def read_folder(folder: Path) -> list[dict]:
     return sorted(results, key=lambda result: result['position'])
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line ``args``, by default the process's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('config', help='of the plain model')
-    parser.add_argument('checkpoints', nargs='+', metavar='NAME=CHECKPOINT')
-    parser.add_argument('--images', type=int, help='of the validation set; all else')
-    parser.add_argument('--out', type=Path, help='folder of JSON files')
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
-    options = parser.parse_args(args)
-    pairs = [text.partition('=') for text in options.checkpoints]
-    for text, (_, _, path) in zip(options.checkpoints, pairs, strict=True):
-        if not Path(path).is_file():
-            parser.error(f'write NAME=CHECKPOINT, with a file that exists: {text!r}')
-    cfg = load_config(options.config, options.cfg_options)
-    results = []
-    for position, (name, _, path) in enumerate(pairs):
+def probe_checkpoints(
+    config: str,
+    checkpoints: Mapping[str, str],
+    count: int | None = None,
+    options: Sequence[str] = (),
+) -> list[dict]:
+    """Probes the stages of trained networks.
+
+    Args:
+        config: Path of the config of the plain model.
+        checkpoints: Path of each network's checkpoint, by its name.
+        count: Images, from the first. Defaults to all.
+        options: Settings that override the config, each ``KEY=VALUE``.
+
+    Returns:
+        A record of each network.
+
+    Raises:
+        ValueError: If there are too few images.
+    """
+    cfg = load_config(config, options)
+    command = ['mim', 'run', 'man_mm', 'probe_stages', config]
+    command += [f'{name}={path}' for name, path in checkpoints.items()]
+    command += ['--images', str(count)] if count else []
+    command += ['--cfg-options', *options] if options else []
+    records = []
+    for position, (name, path) in enumerate(checkpoints.items()):
         with quiet():
             model = MODELS.build(whole_model(cfg)).eval()
             load_checkpoint(model, path, map_location='cpu', strict=True)
-        try:
-            accuracies = fit_probes(*read_features(cfg, model, options.images))
-        except ValueError as error:
-            sys.exit(f'probe_stages.py: {error}')
-        words = [
-            *('mim', 'run', 'man_mm', 'probe_stages'),
-            *(args or sys.argv[1:]),
-        ]
-        results.append(
+        records.append(
             dict(
                 name=name,
                 position=position,
-                config=options.config,
-                options=options.cfg_options,
-                images=options.images,
-                accuracies=accuracies,
+                config=config,
+                options=list(options),
+                images=count,
+                accuracies=fit_probes(*read_features(cfg, model, count)),
                 versions=versions(),
                 **provenance('cpu'),
-                command=shlex.join(map(str, words)),
+                command=shlex.join(command),
             )
         )
-    Console().print(make_table(results))
-    for result in results if options.out else ():
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f'{slug(result["name"])}.json'
-        path.write_text(json.dumps(result, indent=2) + '\n')
+    return records
+
+
+def write_records(records: Sequence[dict], out: Path) -> None:
+    """Writes a JSON file for each network."""
+    out.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        path = out / f'{slug(record["name"])}.json'
+        path.write_text(json.dumps(record, indent=2) + '\n')

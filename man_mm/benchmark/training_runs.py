@@ -22,13 +22,13 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
+from man_mm.engine.config_files import find_config, load_config, shipped_folder
+from man_mm.engine.quiet import quiet
 from man_mm.measure.memory import measure_memory
 
 from .records import provenance, versions
-from .scheme_costs import load_config
-from .training_steps import build_model, build_wrapper, cut_names, quiet
+from .training_steps import build_model, build_wrapper, cut_names
 
-TRAIN = Path(__file__).resolve().parents[2] / 'tools/train.py'
 _NO_METRICS = {'data_time', 'time', 'step', 'epoch', 'iter', 'memory'}
 _POINTS = 100  # of a stored curve
 _TAIL = 30  # lines of a log that failed
@@ -136,8 +136,10 @@ def parse_entry(text: str, options: tuple[str, ...] = ()) -> Entry:
         raise ValueError(
             f'{text!r} is no entry: write NAME=CONFIG, or "NAME=CONFIG KEY=VALUE ...".'
         )
-    if not Path(config).is_file():
-        raise ValueError(f'Entry {name!r}: there is no config {config!r}.')
+    try:
+        find_config(config)
+    except FileNotFoundError as error:
+        raise ValueError(f'Entry {name!r}: {error}') from error
     return Entry(name, config, (*options, *own))
 
 
@@ -161,8 +163,14 @@ def train(run: Run, threads: int, progress: Callable[[int], None]) -> dict:
         RunError: If the training fails.
     """
     run.work_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, TRAIN, run.entry.config]
-    command += ['--work-dir', run.work_dir, '--resume', '--cfg-options']
+    command = [sys.executable, shipped_folder() / 'tools/train.py']
+    command += [
+        find_config(run.entry.config),
+        '--work-dir',
+        run.work_dir,
+        '--resume',
+        '--cfg-options',
+    ]
     command += [*run.entry.options, f'randomness.seed={run.seed}']
     log = run.work_dir / 'train.log'
     with log.open('w') as file:

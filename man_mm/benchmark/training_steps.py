@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from man_mm.backbones import find_units
 from man_mm.core import LocalLearner
 from man_mm.core.micro_batches import slice_batch, slices_of
+from man_mm.engine.quiet import quiet
 
 from .schemes import EXACT, Scheme, autocast_dtype, scheme_config
 
@@ -217,14 +217,3 @@ def _checkpointed(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if not x.requires_grad:
         return forward(x)
     return checkpoint(forward, x, use_reentrant=False)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps mmengine from logging every weight that it initialises."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

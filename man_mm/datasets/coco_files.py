@@ -4,10 +4,7 @@ Layout: ``train/000001.png``, ``val/000001.png``, and COCO annotations in
 ``annotations/instances_train.json`` and ``annotations/instances_val.json``.
 """
 
-import argparse
-import inspect
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -55,37 +52,6 @@ def make_once(out: Path, settings: Mapping, write: Callable[[str, int], None]) -
         write(split, settings[f'num_{split}'])
     finish_manifest(out)
     return out
-
-
-def run_command_line(
-    make: Callable[..., Path], parser: argparse.ArgumentParser, args: list[str] | None
-) -> None:
-    """Adds the options of all data sets, makes one, and tells what it holds.
-
-    Args:
-        make: Makes the data set; its defaults are those of the options.
-        parser: With the options that only this data set has.
-        args: Arguments; None for those of the process.
-    """
-    add = parser.add_argument
-    add('--out', help='folder to write')
-    add('--num-train', type=int, help='training images')
-    add('--num-val', type=int, help='validation images')
-    add('--size', type=int, help='image side in pixels')
-    add('--seed', type=int, help='seed of all random choices')
-    add('--preview', metavar='FILE', help='also draw validation images to FILE')
-    parser.set_defaults(
-        **{key: x.default for key, x in inspect.signature(make).parameters.items()}
-    )
-    options = vars(parser.parse_args(args))
-    preview = options.pop('preview')
-    try:
-        out = make(**options)
-        if preview:
-            draw_preview(out, preview)
-    except (ValueError, OSError) as error:
-        sys.exit(f'{make.__name__}: {error}')
-    print_counts(out)
 
 
 def check_least(settings: Mapping[str, int], least: Mapping[str, int]) -> None:

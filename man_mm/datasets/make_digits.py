@@ -2,10 +2,9 @@
 
 Handwritten digits that scikit-learn ships are pasted on crops of photographs
 that scikit-image ships. Training and validation share no digit sample and no
-photograph. Run `mim run man_mm make_digits --help` for the settings.
+photograph.
 """
 
-import argparse
 import colorsys
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 from rich.progress import track
 from sklearn.datasets import load_digits
 
-from .coco_files import check_least, make_once, run_command_line, write_split
+from .coco_files import check_least, make_once, write_split
 
 RECIPE = 'man_mm digits 3'  # change it when the same settings give other pixels
 # Photographs inside the scikit-image wheel: free to reuse, no legible writing.
@@ -177,12 +176,3 @@ def make_digits(
         settings,
         lambda split, count: _write_split(out, split, count, size, seed),
     )
-
-
-def main(args=None):
-    """Run the command line with `args` (list[str]), by default the process's."""
-    parser = argparse.ArgumentParser(
-        description='Make the demo data set of digits on photographs.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    run_command_line(make_digits, parser, args)

@@ -4,21 +4,18 @@ The four files come from Debian's package dataset-fashion-mnist or from a folder
 own, and are unpacked to where mmpretrain's data set class reads them: 60,000 images
 for training and 10,000 for testing, 28×28 pixels, 10 classes. With --side, the images
 are reduced to fewer pixels, for comparisons without a GPU. Fashion-MNIST is under the
-MIT license (Zalando SE). For the settings, run it with --help.
+MIT license (Zalando SE).
 """
 
-import argparse
 import gzip
 import hashlib
 import math
 import struct
-import sys
 import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
-from rich.console import Console
 
 from .manifest import begin_manifest, finish_manifest, read_manifest
 
@@ -116,22 +113,3 @@ def make_fashion(out='data/fashion', folder=None, root='/', side=SIDE, shapes=SH
             f'--out {out} cannot be written ({error.strerror}): choose another folder'
         ) from error
     return out
-
-
-def main(args=None):
-    """Run the command line with `args` (list[str]), by default the process's."""
-    parser = argparse.ArgumentParser(
-        description='Unpack Fashion-MNIST for mmpretrain.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add('--out', default='data/fashion', help='folder to write')
-    add('--folder', metavar='DIR', help='with the four files, instead of a package')
-    add('--root', default='/', metavar='DIR', help=f'where {PACKAGE} is unpacked')
-    add('--side', type=int, default=SIDE, help='reduce the images to these pixels')
-    options = vars(parser.parse_args(args))
-    try:
-        out = make_fashion(**options)
-    except (ValueError, OSError) as error:
-        sys.exit(f'make_fashion: {error}')
-    Console().print(f'Fashion-MNIST is in {out}: 60,000 and 10,000 images.')

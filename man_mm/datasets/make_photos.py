@@ -15,21 +15,16 @@ and validation share no photograph. Licences of the photographs:
   metadata of each photograph.
 
 Who shares what is made of them must credit the authors that the copyright files
-name. Run `mim run man_mm make_photos --help` for the settings.
+name.
 """
 
-import argparse
 import contextlib
 import hashlib
-import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
-from rich.console import Console
+from PIL import Image, ImageOps
 from rich.progress import track
-from rich.table import Table
 
 from .manifest import begin_manifest, finish_manifest, read_manifest
 
@@ -180,7 +175,7 @@ def _describe(source, rows):
     return pictures, [file for _, file in chosen]
 
 
-def _plan(picture, scales):
+def plan_files(picture, scales):
     """Yield scale, file and box in full resolution of all that a picture becomes."""
     number, (w, h) = f'{picture["number"]:04d}', picture['size']
     for scale in (1, *scales):
@@ -210,7 +205,7 @@ def _write_picture(out, picture, file, scales):
     for scale in scales:  # of the whole picture, so that tiles have no borders
         size = [side // scale for side in full.size]
         versions[scale] = full.resize(size, Image.BICUBIC)
-    for scale, name, box in _plan(picture, scales):
+    for scale, name, box in plan_files(picture, scales):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         # PNG is lossless, so no encoder changes the pixels.
         part = versions[scale].crop([side // scale for side in box])
@@ -228,7 +223,7 @@ def _clear(out):
 def _names(settings):
     """Return the names of all files that the settings ask for."""
     pictures, scales = settings['pictures'], settings['scales']
-    return {TILE_LIST, *(row[1] for one in pictures for row in _plan(one, scales))}
+    return {TILE_LIST, *(row[1] for one in pictures for row in plan_files(one, scales))}
 
 
 def _why_make(out, settings):
@@ -310,77 +305,3 @@ def make_photos(
     (out / TILE_LIST).write_text(''.join(lines), 'utf-8')
     finish_manifest(out)
     return out
-
-
-def _read_splits(out):
-    """Return, for each split, the pictures and the plans of their full resolution."""
-    pictures = json.loads((out / 'dataset.json').read_text('utf-8'))['pictures']
-    rows = [(picture, list(_plan(picture, ()))) for picture in pictures]
-    return {s: [row for row in rows if row[0]['split'] == s] for s in SPLITS}
-
-
-def _draw_preview(out, file, columns=6, width=240, height=216):
-    """Draw all pictures, put together again from their tiles, in a block a split."""
-    splits, head = _read_splits(out), 36
-    lines = sum(-(-len(rows) // columns) for rows in splits.values())
-    size = (columns * width, lines * height + len(splits) * head)
-    sheet = Image.new('RGB', size, 'white')
-    pen, top = ImageDraw.Draw(sheet), 0
-    for split, rows in splits.items():
-        pen.text((8, top + 8), f'{split}: {len(rows)}', 'black', font_size=20)
-        top += head
-        for i, (picture, plans) in enumerate(rows):
-            ends = zip(*(box[2:] for _, _, box in plans), strict=True)
-            whole = Image.new('RGB', tuple(map(max, ends)))
-            for _, name, box in plans:
-                with Image.open(out / name) as image:
-                    whole.paste(image, box[:2])
-            whole.thumbnail((width - 8, height - 26))
-            x, y = i % columns * width + 4, top + i // columns * height
-            sheet.paste(whole, (x, y))
-            # The file or, where all files have one name, the folder that tells them.
-            path = Path(picture['name'].replace('/contents/images/2560x1600', ''))
-            text = f'{picture["number"]:04d} {path.stem[:26]}'
-            pen.text((x, y + whole.height + 2), text, 'black', font_size=14)
-        top += -(-len(rows) // columns) * height
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
-
-
-def _print_counts(out):
-    columns = [('pictures', 'tiles', 'pixels')]
-    for split, rows in _read_splits(out).items():
-        boxes = [box for _, plans in rows for _, _, box in plans]
-        pixels = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
-        tiles = len(boxes) if split == 'train' else 'whole'
-        columns.append((str(len(rows)), str(tiles), f'{pixels:,}'))
-    table = Table('', *SPLITS)
-    for row in zip(*columns, strict=True):
-        table.add_row(*row)
-    Console().print(table)
-
-
-def main(args=None):
-    """Run the command line with `args` (list[str]), by default the process's."""
-    parser = argparse.ArgumentParser(
-        description='Make a super-resolution data set of photographs.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add('--out', default='data/photos', help='folder to write')
-    add('--source', default='packages', choices=LICENSES, help='of the photographs')
-    text = 'photographs of --source folder, at any depth'
-    add('--folder', dest='folders', metavar='DIR', nargs='+', default=(), help=text)
-    text = 'where the packages of --source debian are unpacked'
-    add('--root', default='/', metavar='DIR', help=text)
-    add('--scales', type=int, nargs='+', default=SCALES, help='of the low resolution')
-    add('--preview', metavar='FILE', help='also draw all photographs to FILE')
-    options = vars(parser.parse_args(args))
-    preview = options.pop('preview')
-    try:
-        out = make_photos(**options)
-        if preview:
-            _draw_preview(out, preview)
-    except (ValueError, OSError) as error:
-        sys.exit(f'make_photos: {error}')
-    _print_counts(out)

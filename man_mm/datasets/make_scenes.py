@@ -1,14 +1,13 @@
 """Make a COCO-format detection data set of Fashion-MNIST items on photographs.
 
-Harder than the digits of make_digits.py: items of ten kinds that resemble each other,
+Harder than the digits of make_digits: items of ten kinds that resemble each other,
 from 12 pixels to almost the whole image, rotated, tinted, and in each other's way. The
-items are those that make_fashion.py unpacks, the photographs those that scikit-image
+items are those that make_fashion unpacks, the photographs those that scikit-image
 and scikit-learn ship; training and validation share neither. Boxes, areas and masks
 are those of the whole item, also where others hide a part of it; every annotation
-tells which share of it is visible. Run it with --help for the settings.
+tells which share of it is visible.
 """
 
-import argparse
 import colorsys
 import hashlib
 from importlib import resources
@@ -20,7 +19,7 @@ from pycocotools import mask as coco_mask
 from rich.progress import track
 from scipy.ndimage import gaussian_filter, grey_closing, grey_dilation
 
-from .coco_files import check_least, make_once, run_command_line, write_split
+from .coco_files import check_least, make_once, write_split
 
 RECIPE = 'man_mm scenes 2'  # change it when the same settings give other pixels
 FILES = {'train': 'train', 'val': 't10k'}  # of Fashion-MNIST
@@ -83,19 +82,19 @@ def _load_items(folder, split):
         path = Path(folder) / f'{FILES[split]}-{kind}-ubyte'
         if not path.is_file():
             raise FileNotFoundError(
-                f'{path} is missing: run make_fashion.py, or name its folder by --items'
+                f'{path} is missing: run make_fashion, or name its folder by --items'
             )
         data = np.frombuffer(path.read_bytes(), np.uint8)
         shape = data[4 : 4 + 4 * rank].view('>u4').astype(int)
         values = data[4 + 4 * rank :]
         if len(shape) != rank or values.size != shape.prod():
-            raise ValueError(f'{path} is damaged: run make_fashion.py again')
+            raise ValueError(f'{path} is damaged: run make_fashion again')
         parts.append(values.reshape(shape))
     images, labels = parts
     if images.shape[1:] != (SIDE, SIDE):
         raise ValueError(
             f'--items {folder} holds images of {images.shape[1]} pixels: run '
-            'make_fashion.py without --side'
+            'make_fashion without --side'
         )
     return images, labels
 
@@ -285,13 +284,3 @@ def make_scenes(
         settings,
         lambda split, count: _write_split(out, split, count, splits[split], size, seed),
     )
-
-
-def main(args=None):
-    """Run the command line with `args` (list[str]), by default the process's."""
-    parser = argparse.ArgumentParser(
-        description='Make a detection data set of Fashion-MNIST on photographs.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument('--items', metavar='DIR', help='made by make_fashion')
-    run_command_line(make_scenes, parser, args)

@@ -1,52 +1,149 @@
-"""What ``train.py`` and ``test.py`` share: their arguments and the runner."""
+"""What a command line asks of a training or a test, written into the config."""
 
-import argparse
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from .config_files import find_config
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Create a parser with the arguments that both scripts take."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='path of the config')
-    parser.add_argument(
-        '--work-dir',
-        help='folder for logs and checkpoints; by default the one in the config, '
-        "or work_dirs/ with the config's name",
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config, such as train_cfg.max_epochs=3',
-    )
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none'
-    )
-    # Passed by `torch.distributed.launch`, which `mim train --launcher pytorch` uses.
-    parser.add_argument('--local-rank', '--local_rank', type=int, default=0)
-    return parser
+_AMP = {
+    'OptimWrapper': 'AmpOptimWrapper',
+    'LocalLearningOptimWrapper': 'AmpLocalLearningOptimWrapper',
+}
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Read the config and apply the arguments to it."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = Config.fromfile(args.config)
-    cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    if args.work_dir is not None:
-        cfg.work_dir = args.work_dir
+def read_run_config(
+    path: str | Path,
+    work_dir: str | None = None,
+    options: dict[str, Any] | None = None,
+    launcher: str = 'none',
+    local_rank: int = 0,
+) -> Config:
+    """Reads the config of a run.
+
+    Args:
+        path: Path of the config, as `find_config` takes it.
+        work_dir: Folder of logs and checkpoints. Defaults to the config's, or else
+            ``work_dirs/`` with the config's name.
+        options: Settings that override the config. Defaults to None.
+        launcher: How the processes are started. Defaults to ``'none'``.
+        local_rank: Rank of this process on its machine, unless the environment says
+            it. Defaults to 0.
+
+    Raises:
+        FileNotFoundError: If there is no such config.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(local_rank))
+    cfg = Config.fromfile(find_config(path))
+    cfg.launcher = launcher
+    cfg.merge_from_dict(options or {})
+    if work_dir is not None:
+        cfg.work_dir = work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+        cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
     return cfg
 
 
+def enable_amp(cfg: Config) -> None:
+    """Turns on mixed precision, with a dynamic loss scale.
+
+    Args:
+        cfg: The config, which is changed.
+
+    Raises:
+        ValueError: If its optimizer wrapper has no mixed precision.
+    """
+    wrapper = cfg.optim_wrapper
+    scope, dot, name = wrapper.get('type', 'OptimWrapper').rpartition('.')
+    if name in _AMP.values():
+        return
+    if name not in _AMP:
+        raise ValueError(
+            f'--amp: optim_wrapper.type is {wrapper.type!r}, which has no mixed '
+            f'precision; it has with {" or ".join(_AMP)}.'
+        )
+    wrapper.type = f'{scope}{dot}{_AMP[name]}'
+    wrapper.loss_scale = 'dynamic'
+
+
+def enable_auto_scale_lr(cfg: Config) -> None:
+    """Scales the learning rate by the batch size, as ``auto_scale_lr`` tells.
+
+    Args:
+        cfg: The config, which is changed.
+
+    Raises:
+        ValueError: If it does not tell the batch size that its rate is for.
+    """
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise ValueError(
+            '--auto-scale-lr: the config does not say which batch size its learning '
+            'rate is for; set auto_scale_lr.base_batch_size.'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def resume_from(cfg: Config, checkpoint: str) -> None:
+    """Resumes a training.
+
+    Args:
+        cfg: The config, which is changed.
+        checkpoint: Path of the checkpoint; ``'auto'`` for the last one in the work
+            dir, if there is any.
+    """
+    cfg.resume = True
+    cfg.load_from = None if checkpoint == 'auto' else checkpoint
+
+
+def show_predictions(
+    cfg: Config, folder: str | None, window: bool, wait_time: float
+) -> None:
+    """Draws the predictions of a test, with mmdet's hook.
+
+    Args:
+        cfg: The config, which is changed.
+        folder: Where drawings are stored, inside of the work dir; None for nowhere.
+        window: Whether they are shown in a window.
+        wait_time: Seconds that the window shows each.
+
+    Raises:
+        ValueError: If the config has no such hook.
+    """
+    hook = cfg.get('default_hooks', {}).get('visualization', {})
+    if not hook.get('type', '').endswith('DetVisualizationHook'):
+        raise ValueError(
+            '--show and --show-dir need a DetVisualizationHook as '
+            "default_hooks.visualization, as in mmdet's configs."
+        )
+    hook.draw = True
+    if window:
+        hook.show, hook.wait_time = True, wait_time
+    if folder:
+        hook.test_out_dir = folder
+
+
+def enable_tta(cfg: Config) -> None:
+    """Tests with augmentations, those of the config's ``tta_model`` and pipeline.
+
+    Args:
+        cfg: The config, which is changed.
+
+    Raises:
+        ValueError: If the config tells none.
+    """
+    missing = [key for key in ('tta_model', 'tta_pipeline') if key not in cfg]
+    if missing:
+        raise ValueError(f'--tta: the config has no {" and no ".join(missing)}.')
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+
+
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner, of the class that the config names if it names one."""
+    """Builds the runner, of the class that the config names if it names one."""
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

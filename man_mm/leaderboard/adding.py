@@ -11,6 +11,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from man_mm.engine.config_files import load_config
+
 from .entries import (
     DEMO_CONFIG,
     FIELDS,
@@ -81,7 +83,7 @@ def make_entries(
         # Times that were not used stay unused.
         if not with_times or before.get('step_seconds', True) is None:
             derived['step_seconds'] = None
-        entry = dict.fromkeys(FIELDS) | _words(records[sources[0]])
+        entry = dict.fromkeys(FIELDS) | _words(records[sources[0]], root)
         entry |= _commit(sources[0], root) if derived['commit'] is None else {}
         for fields in (before, words or {}, derived):
             entry = _merge(entry, fields)
@@ -193,9 +195,9 @@ def _baseline(name: str, path: Path, record: dict, root: Path) -> str | None:
     return None if base == name else base
 
 
-def _words(record: dict) -> dict:
+def _words(record: dict, root: Path) -> dict:
     """What the config says of a result, for fields that the result does not have."""
-    cfg = _load_config(record['config'], tuple(overrides(record)))
+    cfg = _load_config(root, record['config'], tuple(overrides(record)))
     is_run = raw_kind(record) == 'run'
     wrapper = cfg.optim_wrapper
     amp = (
@@ -218,14 +220,10 @@ def _words(record: dict) -> dict:
 
 
 @cache
-def _load_config(path: str, options: tuple[str, ...]) -> Config:
-    from man_mm.benchmark.scheme_costs import (
-        load_config,  # slow to import, and needed for new entries only
-    )
-
-    if not Path(path).is_file():
+def _load_config(root: Path, path: str, options: tuple[str, ...]) -> Config:
+    if not (root / path).is_file():
         raise EntryError(f'the config {path} does not exist here: add it, too.')
-    return load_config(path, options)
+    return load_config(root / path, options)
 
 
 def describe_model(cfg: Config) -> tuple[str, str]:

@@ -1,32 +1,20 @@
-r"""The leaderboard: ``mim run man_mm leaderboard {add,validate,build,check}``.
-
-    mim run man_mm leaderboard add benchmarks/results/retinanet_r50_man_coco_608x972_b1
-    mim run man_mm leaderboard add my_reported_entry.json
-    mim run man_mm leaderboard add        # all measured entries again
-    mim run man_mm leaderboard build      # documents, metafiles and the site
-
-Entries are files ``benchmarks/results/<task>/<id>.json``, see docs/leaderboard.md.
-Run it in the root of the repository.
-"""
+"""What is done with the leaderboard: entries are added, checked, and written out."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .adding import make_entries, read_given, sources_of, write_entry
-from .entries import EntryError, read_entries
-from .site import build_site
-from .tables import (
-    TableError,
+from .documents import (
     documents,
     unclosed_markers,
     unmarked_numbers,
     update_documents,
 )
+from .entries import EntryError, read_entries
+from .site import build_site
+from .tables import TableError
 from .validation import find_errors
 
 
@@ -47,7 +35,7 @@ def add(
     """Adds entries, or updates them; all of them, or none if one is refused.
 
     Args:
-        paths: Result files, folders of them, or finished entries. Default if empty: the
+        paths: Result files, folders of them, or finished entries. Defaults, if empty, to the
             result files of all measured entries.
         root: The repository.
         words: Fields that result files do not say.
@@ -145,61 +133,3 @@ def _first_difference(text: str, expected: str) -> str:
         if line != want:
             return f'line {number} is {line!r}, but the results give {want!r}'
     return f'{len(lines)} lines, but the results give {len(wanted)}'
-
-
-def _parse_words(texts: Sequence[str]) -> dict:
-    words = {}
-    for text in texts:
-        key, equals, value = text.partition('=')
-        if not equals:
-            raise EntryError(f'--set {text}: write KEY=VALUE.')
-        try:
-            words[key] = json.loads(value)
-        except json.JSONDecodeError:
-            words[key] = value
-    return words
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line ``args``, by default the process's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest='command', required=True)
-    adding = commands.add_parser('add', help='make entries from result files')
-    adding.add_argument('results', nargs='*', type=Path, metavar='RESULT')
-    adding.add_argument(
-        '--set',
-        nargs='+',
-        default=[],
-        metavar='KEY=VALUE',
-        help='fields that result files do not say, such as model=ResNet-50',
-    )
-    adding.add_argument(
-        '--without-times', action='store_true', help='other work ran beside'
-    )
-    commands.add_parser('validate', help='check the entries')
-    building = commands.add_parser('build', help='write documents, metafiles and site')
-    building.add_argument('--site', type=Path, default=Path('site'), help='folder')
-    commands.add_parser('check', help='check entries, documents and metafiles')
-    options = parser.parse_args(args)
-    root = Path('.')
-    if not (root / 'benchmarks').is_dir():
-        parser.error('run it in the root of the repository: there is no benchmarks/.')
-    try:
-        if options.command == 'add':
-            words = _parse_words(options.set)
-            written = add(options.results, root, words, not options.without_times)
-            print('\n'.join(map(str, written)))
-            print(f'{len(written)} entries; now: mim run man_mm leaderboard build')
-        elif options.command == 'build':
-            for path in build(root, options.site):
-                print(path)
-            print(f'{options.site}/index.html')
-        else:
-            errors = (validate if options.command == 'validate' else check)(root)
-            if errors:
-                sys.exit('\n'.join(errors))
-            print(f'{len(read_entries(root))} entries: no error')
-    except (EntryError, TableError) as error:
-        sys.exit(str(error))

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from man_mm.benchmark.records import MIB
+
 from .charts import draw_curves, draw_split, draw_steps
+from .commands import present_command
 from .entries import (
     FIELDS,
     LOWER_IS_BETTER,
@@ -19,7 +22,7 @@ from .entries import (
     raw_kind,
     read_raw,
 )
-from .tables import MIB, format_metric
+from .entry_tables import format_metric
 
 TEMPLATES = Path(__file__).with_name('templates')
 ASSETS = ('board.css', 'board.js', 'front.js', 'page.js')
@@ -75,6 +78,7 @@ def build_site(entries: Sequence[dict], root: Path, folder: Path) -> None:
             **shared,
             base='../',
             entry=dict.fromkeys((*FIELDS, 'reference')) | entry,
+            command=present_command(entry.get('command') or ''),
             row=row,
             beside=[other for other in rows if other['group'] == row['group']],
             charts=_charts(row, base, raw),

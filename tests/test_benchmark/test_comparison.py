@@ -13,14 +13,21 @@ import torch
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint
 from rich.console import Console
+from scripts import run_script
 
-from man_mm.benchmark import comparison as compare
-from man_mm.benchmark import restored_photos as preview_photos
-from man_mm.benchmark import training_runs as _runs
+from man_mm.benchmark import comparison
 from man_mm.benchmark.comparison_report import make_table, markdown_rows
-from man_mm.benchmark.scheme_costs import load_config
-from man_mm.benchmark.training_runs import Entry, Run, RunError, parse_entry, slug
+from man_mm.benchmark.restored_photos import restore
+from man_mm.benchmark.training_runs import (
+    Entry,
+    Run,
+    RunError,
+    parse_entry,
+    slug,
+    train,
+)
 from man_mm.datasets.make_photos import make_photos
+from man_mm.engine.config_files import load_config
 
 CONFIG = 'configs/{}/edsr_x2_{}photos.py'
 
@@ -103,7 +110,7 @@ def test_runs_are_done_once_and_shown_from_their_files(
     arguments = [f'MAN={CONFIG.format("man", "man_")}', '--seeds', '3']
     arguments += ['--out', str(out), '--work-dirs', str(work_dirs)]
     arguments += ['--cfg-options', *options_for(photos)]
-    compare.main(arguments)
+    run_script('compare', *arguments)
     (path,) = out.glob('*')
     assert path.name == 'man_seed3.json'
     record = json.loads(path.read_text())
@@ -118,12 +125,12 @@ def test_runs_are_done_once_and_shown_from_their_files(
     assert sum(record['kinds'].values()) == record['peak_bytes']
 
     # Nothing is trained again; files are enough for table, rows and picture.
-    monkeypatch.setattr(compare, 'train', None)
-    compare.main(arguments)
+    monkeypatch.setattr(comparison, 'train', None)
+    run_script('compare', *arguments)
     monkeypatch.undo()
     capsys.readouterr()
     picture = tmp_path / 'curves.png'
-    compare.main(['--from', str(out), '--markdown', '--picture', str(picture)])
+    run_script('compare', '--from', out, '--markdown', '--picture', picture)
     assert f'| MAN | {record["metrics"]["PSNR"]:.3f} |' in capsys.readouterr().out
     assert picture.stat().st_size > 10_000
 
@@ -136,7 +143,7 @@ def test_runs_are_done_once_and_shown_from_their_files(
         f"val_dataloader = dict(dataset=dict(data_root='{photos}'))\n"
         'model = dict(generator=dict(mid_channels=8, num_blocks=4))\n'
     )
-    preview_photos.main([str(config), f'MAN={checkpoint}', '--out', str(drawn)])
+    run_script('preview_photos', config, f'MAN={checkpoint}', '--out', drawn)
     assert drawn.stat().st_size > 10_000
     check_preview(load_config(str(config)), str(checkpoint))
 
@@ -151,7 +158,7 @@ def test_runs_are_done_once_and_shown_from_their_files(
 
 def check_preview(cfg, checkpoint):
     """What is drawn is what the network returns, its colours included."""
-    (images,) = preview_photos.restore(cfg, {'MAN': checkpoint}, 1)
+    (images,) = restore(cfg, {'MAN': checkpoint}, 1)
     model = MODELS.build(cfg.model).eval()
     load_checkpoint(model, checkpoint, map_location='cpu')
     sample = Runner.build_dataloader(cfg.val_dataloader).dataset[0]
@@ -179,9 +186,9 @@ def test_a_stopped_run_goes_on_where_it_was(photos, tmp_path):
             raise RunError('stopped')
 
     with pytest.raises(RunError, match='stopped'):
-        _runs.train(stopped, 1, stop)
+        train(stopped, 1, stop)
     assert not stopped.path.exists()
-    results = [_runs.train(run, 1, lambda done: None) for run in (whole, stopped)]
+    results = [train(run, 1, lambda done: None) for run in (whole, stopped)]
     assert results[0]['metrics'] == results[1]['metrics']
     assert results[0]['curves'] == results[1]['curves']
 
@@ -221,5 +228,5 @@ def test_a_failed_run_says_where_its_log_is(photos, tmp_path):
     entry = Entry('MAN', CONFIG.format('man', 'man_'), wrong)
     run = Run(entry, 0, tmp_path, tmp_path)
     with pytest.raises(RunError, match=r'man_seed0 failed, see .*train\.log'):
-        compare.run_all([run], 1, Console(quiet=True))
+        comparison.run_all([run], 1, Console(quiet=True))
     assert not run.path.exists()

@@ -10,8 +10,11 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS
+from scripts import run_script
 
-from man_mm.benchmark import partition_plan as tool
+from man_mm.benchmark.partition_plan import write_config
+from man_mm.benchmark.partition_report import BAR, make_bars
+from man_mm.engine.config_files import load_config
 from man_mm.measure.peaks import PlannedModule
 from man_mm.measure.synthetic_batch import synthetic_batch
 
@@ -33,13 +36,13 @@ def test_the_planner_writes_a_config_that_trains(tmp_path):
     done = subprocess.run([*command, '--check'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
-    cfg = tool.load_config(str(out))
+    cfg = load_config(str(out))
     partition = cfg.optim_wrapper.local_learning.partition
     assert set(partition) == {'type', 'cuts'}
     assert len(partition.cuts) == 2
     for cut in partition.cuts:
         assert f"        '{cut}',\n" in done.stdout
-    base = tool.load_config(DEMO)
+    base = load_config(DEMO)
     base.optim_wrapper.local_learning.partition = partition
     assert cfg.to_dict() == base.to_dict()
 
@@ -57,10 +60,9 @@ def test_the_planner_writes_a_config_that_trains(tmp_path):
     assert matplotlib.image.imread(picture).std() > 0.1  # not blank
 
 
-def test_images_have_the_channels_that_the_network_takes(monkeypatch, capsys):
+def test_images_have_the_channels_that_the_network_takes(capsys):
     options = ['--num-modules=2', '--size', '14', '14', '--batch=2']
-    monkeypatch.setattr('sys.argv', ['', GREY, *options])
-    tool.main()
+    run_script('plan_partition', GREY, *options)
     assert 'of end-to-end training' in capsys.readouterr().out
 
 
@@ -80,10 +82,9 @@ def test_images_have_the_channels_that_the_network_takes(monkeypatch, capsys):
         ),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(monkeypatch, config, option, message):
-    monkeypatch.setattr('sys.argv', ['', config, option, *SIZE])
-    with pytest.raises(SystemExit, match=rf'^plan_partition\.py: {message}.*$'):
-        tool.main()
+def test_what_cannot_be_planned_is_one_line(config, option, message):
+    with pytest.raises(SystemExit, match=rf'^plan_partition: {message}.*$'):
+        run_script('plan_partition', config, option, *SIZE)
 
 
 @pytest.mark.parametrize('local', [{}, dict(partition=dict(type='StagePartition'))])
@@ -94,7 +95,7 @@ def test_configs_inherit_and_replace_the_partition(tmp_path, local, cuts):
     wrapper = dict(type='LocalLearningOptimWrapper', local_learning=local)
     base.write_text(f'optim_wrapper = {wrapper!r}\n')
     out = tmp_path / 'b/c/new.py'
-    tool.write_config(out, str(base), Config.fromfile(base), cuts)
+    write_config(out, str(base), Config.fromfile(base), cuts)
     written = Config.fromfile(out).optim_wrapper
     assert written == dict(
         type='LocalLearningOptimWrapper',
@@ -107,7 +108,7 @@ def test_configs_inherit_those_of_packages(tmp_path):
     base = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
     out = tmp_path / 'new.py'
     cfg = Config(dict(optim_wrapper=dict()))
-    tool.write_config(out, base, cfg, ['backbone.layer2'])
+    write_config(out, base, cfg, ['backbone.layer2'])
     assert Config.fromfile(out).model.type == 'RetinaNet'
 
 
@@ -115,6 +116,6 @@ def test_bars_are_as_long_as_their_bytes():
     kinds = dict(held=0, saved=30, head=10, gradients=0, temporaries=0)
     rows = {'a': PlannedModule(('x',), kinds), 'b': PlannedModule(('x',), {})}
     rows['b'].kinds.update(dict(kinds, saved=10, head=0))
-    long, short = tool.make_bars(rows).columns[1].cells
-    assert long.plain.count('█') == tool.BAR
-    assert short.plain.count('█') == tool.BAR / 4
+    long, short = make_bars(rows).columns[1].cells
+    assert long.plain.count('█') == BAR
+    assert short.plain.count('█') == BAR / 4

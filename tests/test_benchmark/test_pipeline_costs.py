@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from scripts import run_script
 
 from man_mm.benchmark import pipeline_costs as pipeline
 from man_mm.parallel.prediction import Link, group_modules, predict_step
@@ -83,8 +84,6 @@ def test_a_run_is_stored_and_shown(tmp_path):
         (['--bandwidth', '0'], '--bandwidth must be more than 0'),
     ],
 )
-def test_bad_options_are_named(monkeypatch, capsys, options, message):
-    monkeypatch.setattr(sys, 'argv', [*COMMAND[3:], *options])
-    with pytest.raises(SystemExit):
-        pipeline.main()
-    assert message in capsys.readouterr().err
+def test_bad_options_are_named(options, message):
+    with pytest.raises(SystemExit, match=message):
+        run_script('benchmark_pipeline', *COMMAND[4:], *options)

@@ -4,7 +4,8 @@ import pytest
 from mmengine.config import Config
 from rich.console import Console
 
-from man_mm.benchmark.scheme_costs import load_config, measure
+from man_mm.benchmark.scheme_costs import measure_schemes
+from man_mm.engine.config_files import load_config
 
 CONFIG = 'configs/man/edsr_x2_man_photos.py'
 SCHEMES = [
@@ -21,7 +22,7 @@ def run(schemes):
     cfg = load_config(CONFIG, ['model.generator.mid_channels=8'])
     assert isinstance(cfg, Config)
     console = Console(quiet=True)
-    return measure(cfg, (16, 16), 2, 1, schemes=schemes, console=console)
+    return measure_schemes(cfg, (16, 16), 2, 1, schemes=schemes, console=console)
 
 
 def test_schemes_save_memory_and_are_exact():

@@ -1,6 +1,5 @@
 import json
 import shlex
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +7,11 @@ import torch
 from conftest import batch_of
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
+from scripts import run_script
 
 from man_mm.benchmark import scheme_costs, schemes, training_steps
+from man_mm.benchmark.records import make_records
+from man_mm.benchmark.scheme_pictures import draw_pictures
 
 CONFIG = 'configs/man/retinanet_r18_man_demo.py'
 SHAPE = (2, 3, 64, 64)
@@ -59,9 +61,8 @@ def cfg():
     return cfg
 
 
-def run_main(tools, monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, arguments)])
-    tools.bench.main()
+def run_main(capsys, *arguments):
+    run_script('benchmark', *arguments)
     return capsys.readouterr().out
 
 
@@ -248,11 +249,11 @@ def test_last_stage(tools):
     assert not any('batch' in s for s in tools.schemes.default_schemes(stages, 1))
 
 
-def test_benchmark_compares_the_schemes(tools, tmp_path, monkeypatch, capsys):
+def test_benchmark_compares_the_schemes(tmp_path, capsys):
     out = tmp_path / 'out'
     arguments = ['--size', 64, 64, '--repeats', 1, '--batch', 2, '--out', out]
     arguments += ['--cfg-options', *NARROW]
-    shown = run_main(tools, monkeypatch, capsys, CONFIG, *arguments)
+    shown = run_main(capsys, CONFIG, *arguments)
     for left_out in ('efficient', 'checkpointing+efficient', 'in-backward'):
         assert f"left out: Scheme 'end-to-end+{left_out}': " in shown
     folder = out / 'retinanet_r18_man_demo_64x64_b2'
@@ -278,7 +279,7 @@ def test_benchmark_compares_the_schemes(tools, tmp_path, monkeypatch, capsys):
     assert micro['command'].endswith(shlex.join(NARROW))
 
     arguments = ['--from', out, '--picture', tmp_path / 'front.png']
-    again = run_main(tools, monkeypatch, capsys, *arguments)
+    again = run_main(capsys, *arguments)
     tables = again[: again.index(str(tmp_path))]
     assert tables.count('local+micro=1') == 2
     assert tables in shown
@@ -286,32 +287,31 @@ def test_benchmark_compares_the_schemes(tools, tmp_path, monkeypatch, capsys):
 
     command = shlex.split(micro['command'])
     assert command[1:5] == ['mim', 'run', 'man_mm', 'benchmark']
-    arguments = [*command[3:], '--out', tmp_path / 'repeated']
-    run_main(tools, monkeypatch, capsys, *arguments)
+    arguments = [*command[5:], '--out', tmp_path / 'repeated']
+    run_main(capsys, *arguments)
     repeated = tmp_path / 'repeated' / folder.name / 'local_micro-1.json'
     repeated = json.loads(repeated.read_text())
     for key in ('peak', 'kinds', 'modules', 'flops', 'exactness', 'command'):
         assert repeated[key] == micro[key]
 
 
-def test_growth_is_drawn_over_batches_or_configs(tools, tmp_path):
+def test_growth_is_drawn_over_batches_or_configs(tmp_path):
     def records(config, batch):
         row = dict(peak=batch, seconds=[batch], flops=1, reference='local', cuda={})
         results = {name: row for name in ('end-to-end', 'local+micro=1')[:batch]}
-        return tools.bench.make_records(results, f'{config}.py', (64, 64), batch)
+        return make_records(results, f'{config}.py', (64, 64), batch)
 
     over_batch = records('a', 1) + records('a', 2) + records('b', 4)
     over_configs = records('b', 2) + records('a', 2)
     for number, rows in enumerate((over_batch, over_configs)):
         path = tmp_path / f'{number}.png'
-        drawn = tools.bench.draw_pictures(rows, path)
+        drawn = draw_pictures(rows, path)
         assert drawn == [path, tmp_path / f'{number}_growth.png']
         assert all(path.stat().st_size > 10_000 for path in drawn)
 
 
-def test_errors_are_told_on_the_command_line(tools, monkeypatch, capsys):
+def test_errors_are_told_on_the_command_line(capsys):
     for scheme, word in (('loca', 'not known'), ('local+cuts=neck', 'partition.cuts')):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match=word):
             arguments = ['--size', 64, 64, '--schemes', scheme]
-            run_main(tools, monkeypatch, capsys, CONFIG, *arguments)
-        assert word in capsys.readouterr().err
+            run_main(capsys, CONFIG, *arguments)

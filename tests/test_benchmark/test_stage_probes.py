@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from mmengine.registry import MODELS
+from scripts import run_script
 
 from man_mm.benchmark import stage_probes as tool
 
@@ -83,13 +84,13 @@ def test_the_command_line_writes_results(detector, tmp_path, monkeypatch, capsys
     checkpoint, out = tmp_path / 'x.pth', tmp_path / 'out'
     torch.save(dict(state_dict=model.state_dict()), checkpoint)
     monkeypatch.setattr(tool, 'load_config', lambda _path, _options: cfg)
-    tool.main([DETECTOR, f'a model={checkpoint}', '--out', str(out)])
+    run_script('probe_stages', DETECTOR, f'a model={checkpoint}', '--out', out)
     (result,) = tool.read_folder(out)
     assert [*result['accuracies']] == [*tool.read_features(cfg, model, 1)[0]]
     assert all(0 <= value <= 100 for value in result['accuracies'].values())
     assert 'a model' in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        tool.main([DETECTOR, 'a model=no_such.pth'])
+        run_script('probe_stages', DETECTOR, 'a model=no_such.pth')
 
 
 def test_classifiers_are_built_as_their_runner_does():

@@ -4,8 +4,10 @@ from itertools import groupby
 
 import pytest
 
-from man_mm.benchmark.scheme_costs import load_config, measure
-from man_mm.benchmark.step_picture import draw, record_step, thinned
+from man_mm.benchmark.scheme_costs import measure_schemes
+from man_mm.benchmark.step_picture import draw
+from man_mm.benchmark.step_recording import record_step, thinned
+from man_mm.engine.config_files import load_config
 
 CONFIG = 'configs/man/resnet18_man_imagenet.py'
 SIZE, BATCH = (32, 32), 2
@@ -36,7 +38,7 @@ def test_phases_follow_each_other(steps):
 
 
 def test_peaks_are_those_of_the_benchmark(steps):
-    measured = measure(load_config(CONFIG), SIZE, BATCH, 1, list(steps))
+    measured = measure_schemes(load_config(CONFIG), SIZE, BATCH, 1, list(steps))
     for scheme, moments in steps.items():
         assert max(moment[1] for moment in moments) == measured[scheme]['peak']
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
+from scripts import run_script
 from sklearn.datasets import load_digits
 
 from man_mm.datasets import make_digits as tool
@@ -196,7 +197,7 @@ def test_an_interrupted_run_is_redone(tmp_path, monkeypatch, capsys, had_one_bef
 def test_bad_numbers_name_the_option_and_the_fix(tmp_path, option, value, least):
     out = tmp_path / 'out'
     with pytest.raises(SystemExit) as stop:
-        tool.main(['--out', str(out), f'--{option}={value}'])
+        run_script('make_digits', '--out', str(out), f'--{option}={value}')
     assert f'--{option} is {value}: use {least} or more' in str(stop.value)
     assert not out.exists()
     with pytest.raises(ValueError, match=f'--{option}'):
@@ -223,7 +224,7 @@ def test_an_unwritable_folder_is_named(tmp_path):
 def test_command_line_prints_counts_and_draws_a_preview(tmp_path, capsys):
     out, preview = tmp_path / 'out', tmp_path / 'new' / 'preview.png'
     numbers = ['--num-train', '4', '--num-val', '3', '--size', '64']
-    tool.main(['--out', str(out), *numbers, '--preview', str(preview)])
+    run_script('make_digits', '--out', str(out), *numbers, '--preview', str(preview))
     text = capsys.readouterr().out
     assert 'new data set' in text
     rows = [line.replace('│', ' ').split() for line in text.splitlines()]

@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 import pytest
+from scripts import run_script
 
 from man_mm.datasets import make_fashion as tool
 
@@ -112,4 +113,6 @@ def test_other_files_are_not_touched(tmp_path):
 
 def test_the_command_line(tmp_path):
     with pytest.raises(SystemExit, match='make_fashion: .*is missing'):
-        tool.main(['--out', str(tmp_path / 'out'), '--folder', str(tmp_path)])
+        run_script(
+            'make_fashion', '--out', str(tmp_path / 'out'), '--folder', str(tmp_path)
+        )

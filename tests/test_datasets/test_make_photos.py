@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scripts import run_script
 
 from man_mm.datasets import make_photos as tool
 
@@ -257,7 +258,7 @@ def test_debian_photographs_are_found_or_their_packages_named(tmp_path):
     assert not (tmp_path / 'new').exists()
     with pytest.raises(SystemExit) as stop:
         arguments = ['--source', 'debian', '--root', str(tmp_path / 'empty')]
-        tool.main([*arguments, '--out', str(tmp_path / 'new')])
+        run_script('make_photos', *arguments, '--out', str(tmp_path / 'new'))
     assert f'apt-get install {" ".join(tool.LISTED["debian"])} ' in str(stop.value)
 
 
@@ -309,14 +310,14 @@ def test_errors_name_the_option_and_the_fix(tmp_path, monkeypatch, arguments, me
     draw(tmp_path / 'bad' / 'a.png', 200, 200)
     (tmp_path / 'bad' / 'b.png').write_text('no picture')
     with pytest.raises(SystemExit, match=message):
-        tool.main(['--out', 'out', *arguments])
+        run_script('make_photos', '--out', 'out', *arguments)
     assert not (tmp_path / 'out').exists()
 
 
 def test_command_line_prints_counts_and_draws_a_preview(tmp_path, own, capsys):
     out, preview = tmp_path / 'out', tmp_path / 'new' / 'preview.png'
     arguments = ['--source', 'folder', '--folder', str(own), '--scales', '2', '3']
-    tool.main([*arguments, '--out', str(out), '--preview', str(preview)])
+    run_script('make_photos', *arguments, '--out', str(out), '--preview', str(preview))
     text = capsys.readouterr().out
     assert 'new data set' in text
     rows = [line.replace('│', ' ').split() for line in text.splitlines()]

@@ -13,6 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scripts import run_script
 from sklearn.datasets import load_digits
 
 from man_mm.datasets import make_scenes as tool
@@ -212,7 +213,7 @@ def test_a_second_call_does_nothing_and_other_items_make_it_anew(
 def test_missing_reduced_or_damaged_items(tmp_path):
     out = tmp_path / 'out'
     with pytest.raises(SystemExit, match='make_scenes: .*is missing: run make_fashion'):
-        tool.main(['--out', str(out), '--items', str(tmp_path)])
+        run_script('make_scenes', '--out', str(out), '--items', str(tmp_path))
     few = {'train': 3, 'val': 3}
     with pytest.raises(ValueError, match='of 14 pixels.*without --side'):
         tool.make_scenes(out, write_items(tmp_path / 'small', 14, few))
@@ -227,7 +228,7 @@ def test_the_command_line_prints_shares_and_draws(items, tmp_path, capsys):
     out, preview = tmp_path / 'out', tmp_path / 'new' / 'preview.png'
     numbers = ['--num-train', '4', '--num-val', '3', '--size', '96']
     files = ['--items', str(items), '--preview', str(preview)]
-    tool.main(['--out', str(out), *numbers, *files])
+    run_script('make_scenes', '--out', str(out), *numbers, *files)
     rows = capsys.readouterr().out.replace('│', ' ').splitlines()
     rows = [line.split() for line in rows]
     assert ['images', '4', '3'] in rows
@@ -239,4 +240,4 @@ def test_the_command_line_prints_shares_and_draws(items, tmp_path, capsys):
     with Image.open(preview) as sheet:
         assert sheet.size == (6 * 196, 4 * 196)
     with pytest.raises(SystemExit, match='--size is 63: use 64 or more'):
-        tool.main(['--size', '63'])
+        run_script('make_scenes', '--size', '63')

@@ -8,11 +8,13 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import run_script
 
 from man_mm.benchmark.training_runs import slug
-from man_mm.leaderboard import board as leaderboard
+from man_mm.leaderboard import board
 from man_mm.leaderboard.adding import make_entries
 from man_mm.leaderboard.charts import nice_ticks
+from man_mm.leaderboard.documents import update_metafile
 from man_mm.leaderboard.entries import (
     DEMO_CONFIG,
     EntryError,
@@ -20,13 +22,9 @@ from man_mm.leaderboard.entries import (
     derive,
     read_entries,
 )
+from man_mm.leaderboard.entry_tables import claims_table, entry_table
 from man_mm.leaderboard.site import make_rows
-from man_mm.leaderboard.tables import (
-    TableError,
-    claims_table,
-    entry_table,
-    update_metafile,
-)
+from man_mm.leaderboard.tables import TableError
 from man_mm.leaderboard.validation import find_errors
 
 RESULTS = Path('benchmarks/results')
@@ -69,7 +67,7 @@ def edit(path, **changes):
 
 
 def test_the_entries_of_the_project_are_valid():
-    assert leaderboard.validate(Path('.')) == []
+    assert board.validate(Path('.')) == []
 
 
 LOCAL = RESULTS / f'detection/{STEP}-local.json'
@@ -120,9 +118,9 @@ BASE = f'{STEP}-end-to-end'
     ],
 )
 def test_bad_entries_are_refused_with_the_reason(root, path, changes, reason):
-    assert leaderboard.validate(root) == []
+    assert board.validate(root) == []
     edit(path, **changes)
-    errors = leaderboard.validate(root)
+    errors = board.validate(root)
     assert reason in '\n'.join(errors)
     assert all(error.startswith('benchmarks/results/') for error in errors)
 
@@ -131,24 +129,24 @@ def test_a_baseline_is_needed_and_is_end_to_end(root):
     edit(LOCAL, baseline='x')
     text = LOCAL.read_text().replace('"x"', 'null')
     LOCAL.write_text(text)
-    assert 'baseline: missing' in leaderboard.validate(root)[0]
+    assert 'baseline: missing' in board.validate(root)[0]
     LOCAL.write_text('{')
-    assert 'is no JSON' in leaderboard.validate(root)[0]
+    assert 'is no JSON' in board.validate(root)[0]
 
 
 def test_a_changed_result_file_is_noticed(root):
     edit(RESULTS / STEP / 'local.json', seconds=[1.0, 2.0, 3.0])
     edit(RESULTS / 'training' / RUNS / 'man_seed0.json', seed=7)
-    errors = '\n'.join(leaderboard.validate(root))
+    errors = '\n'.join(board.validate(root))
     assert 'step_seconds.median: 8.03' in errors and 'the sources say 2.0' in errors
     assert 'metrics.PSNR.seeds: [0, 1, 2], but the sources say [1, 2, 7]' in errors
     (RESULTS / STEP / 'local.json').unlink()
-    assert 'local.json does not exist' in '\n'.join(leaderboard.validate(root))
+    assert 'local.json does not exist' in '\n'.join(board.validate(root))
 
 
 def test_adding_again_changes_nothing(root):
     before = {path: path.read_text() for path in read_entries(root)}
-    assert len(leaderboard.add([], root)) == 8
+    assert len(board.add([], root)) == 8
     assert {path: path.read_text() for path in read_entries(root)} == before
 
 
@@ -188,7 +186,7 @@ def test_new_results_become_entries(root, capsys):
             )
             path = folder / f'{slug(name)}_seed{seed}.json'
             path.write_text(json.dumps(record))
-    leaderboard.main(['add', str(folder), '--set', 'notes=a note'])
+    run_script('leaderboard', 'add', folder, '--set', 'notes=a note')
     assert '3 entries' in capsys.readouterr().out
     entry = load(RESULTS / 'classification/fashion_k4-dgl-k-4.json')
     assert entry['metrics'] == {'top-1': dict(mean=87.5, std=0.5**0.5, seeds=[0, 1])}
@@ -262,7 +260,7 @@ def test_results_on_cuda_have_bytes_of_the_allocator(root):
         (['add', 'task.json'], "task: 'golf' is not one of"),
     ],
 )
-def test_what_cannot_be_added_is_refused(root, request, arguments, message):
+def test_what_cannot_be_added_is_refused(root, request, capsys, arguments, message):
     for name in ('outside', 'benchmarks/results/empty', 'benchmarks/results/other'):
         Path(name).mkdir()
     shutil.copytree(RESULTS / STEP, RESULTS / 'alone')
@@ -273,28 +271,28 @@ def test_what_cannot_be_added_is_refused(root, request, arguments, message):
     Path('task.json').write_text('{"kind": "reported", "task": "golf"}')
     before = {path: path.read_text() for path in read_entries(root)}
     with pytest.raises(SystemExit) as error:
-        leaderboard.main(arguments)
-    assert message in str(error.value)
+        run_script('leaderboard', *arguments)
+    assert message in str(error.value) + capsys.readouterr().err
     assert {path: path.read_text() for path in read_entries(root)} == before
 
 
 def test_a_reported_entry_is_put_where_it_belongs(root):
     entry = load(PAPER) | dict(id='reported-new', method='New')
     Path('new.json').write_text(json.dumps(entry))
-    leaderboard.main(['add', 'new.json'])
+    run_script('leaderboard', 'add', 'new.json')
     assert load(RESULTS / 'classification/reported-new.json') == entry
-    leaderboard.main(['validate'])
+    run_script('leaderboard', 'validate')
     edit(RESULTS / 'classification/reported-new.json', metrics__PSNR=dict(mean=-1))
     with pytest.raises(SystemExit, match='less than the minimum'):
-        leaderboard.main(['validate'])
+        run_script('leaderboard', 'validate')
 
 
 def test_times_that_are_not_used_stay_unused(root):
-    leaderboard.add([RESULTS / STEP], root, with_times=False)
+    board.add([RESULTS / STEP], root, with_times=False)
     assert load(LOCAL)['step_seconds'] is None
-    leaderboard.add([], root)
+    board.add([], root)
     assert load(LOCAL)['step_seconds'] is None
-    assert leaderboard.validate(root) == []
+    assert board.validate(root) == []
 
 
 def test_adding_a_part_keeps_the_other_sources_of_an_entry(root, request):
@@ -305,19 +303,19 @@ def test_adding_a_part_keeps_the_other_sources_of_an_entry(root, request):
     shutil.copytree(request.config.rootpath / step, step)
     for path in digits:
         shutil.copy(request.config.rootpath / path, path)
-    made = leaderboard.add([step, *digits], root)
+    made = board.add([step, *digits], root)
     local = RESULTS / f'detection/{step.name}-local.json'
     assert local in made and load(local)['metrics']['mAP']['seeds'] == list(seeds)
 
     before = {path: path.read_text() for path in read_entries(root)}
     for part in ([step], [names[-1]], [RESULTS / STEP], []):
-        leaderboard.add(part, root)
+        board.add(part, root)
         after = {path: path.read_text() for path in read_entries(root)}
         assert after == before, part
 
     sources = [f'{STEP}/local.json', *(path.name for path in digits)]
     edit(LOCAL, sources=sources)
-    (error,) = leaderboard.validate(root)
+    (error,) = board.validate(root)
     assert f'the tool demo trains {DEMO_CONFIG}, not' in error
 
 

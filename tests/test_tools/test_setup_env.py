@@ -1,27 +1,35 @@
 """Checks the parts of ``tools/misc/setup_env`` that need no network."""
 
-import importlib.util
+import importlib
+import runpy
 import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / 'tools/misc/setup_env'
 
 
+NAMES = [path.stem for path in FOLDER.glob('*.py') if path.stem != '__main__']
+
+
 @pytest.fixture
 def setup_env(tmp_path, monkeypatch):
-    """Load the script as if it lay in an empty checkout."""
+    """Load the files as if they lay in an empty checkout."""
     copy = tmp_path / 'tools/misc/setup_env'
-    shutil.copytree(FOLDER, copy)
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns('__pycache__'))
     monkeypatch.syspath_prepend(copy)
-    spec = importlib.util.spec_from_file_location('setup_env', copy / '__main__.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.VENV.mkdir()
-    return module
+    names = {}
+    for name in NAMES:
+        names |= vars(importlib.import_module(name))
+    names |= runpy.run_path(str(copy / '__main__.py'))
+    names['VENV'].mkdir()
+    yield SimpleNamespace(**names)
+    for name in NAMES:
+        del sys.modules[name]
 
 
 def fake_python(folder, minor, has_venv=True):
@@ -107,12 +115,10 @@ def test_a_failing_command_is_reported(setup_env, tmp_path):
 
 
 def test_progress_lines(setup_env):
-    import ticker
-
-    assert ticker.shorten(' [37/77] c++ -MMD x.cpp\n') == 'compiling [37/77]'
-    assert ticker.shorten('Collecting  torch\n') == 'Collecting torch'
-    assert ticker.duration(4.21) == '4.2 s'
-    assert ticker.duration(185) == '3 min 05 s'
+    assert setup_env.shorten(' [37/77] c++ -MMD x.cpp\n') == 'compiling [37/77]'
+    assert setup_env.shorten('Collecting  torch\n') == 'Collecting torch'
+    assert setup_env.duration(4.21) == '4.2 s'
+    assert setup_env.duration(185) == '3 min 05 s'
 
 
 def test_a_second_set_up_waits_for_the_first(setup_env, capsys):

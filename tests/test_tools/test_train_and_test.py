@@ -1,14 +1,11 @@
 """Runs ``tools/train.py`` and ``tools/test.py`` on a toy config."""
 
 import itertools
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import run_script
 
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 RUN_NUMBER = itertools.count()
 TOY_CONFIG = """
 custom_imports = dict(imports=['toy_parts'])
@@ -67,15 +64,13 @@ def run_tool(tmp_path, monkeypatch):
     (tmp_path / 'toy_parts.py').write_text(TOY_PARTS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.syspath_prepend(str(TOOLS))
     monkeypatch.setenv('LOCAL_RANK', '0')
 
     def run(name, *args):
         # Runners of one name share their logger and log buffers in a process.
         config = f"{TOY_CONFIG}experiment_name = 'run{next(RUN_NUMBER)}'\n"
         (tmp_path / 'toy.py').write_text(config)
-        monkeypatch.setattr(sys, 'argv', [name, *args])
-        runpy.run_path(str(TOOLS / name), run_name='__main__')
+        run_script(name, *args)
 
     return run
 
@@ -87,9 +82,9 @@ def load(path):
 @pytest.mark.parametrize('resume', [[], ['work_dirs/toy/epoch_1.pth']])
 def test_resumed_training_equals_uninterrupted_training(run_tool, resume):
     two_epochs = ['--cfg-options', 'train_cfg.max_epochs=2', 'randomness.seed=1']
-    run_tool('train.py', 'toy.py', '--work-dir', 'whole', *two_epochs)
-    run_tool('train.py', 'toy.py', '--cfg-options', 'randomness.seed=1')
-    run_tool('train.py', 'toy.py', '--resume', *resume, *two_epochs)
+    run_tool('train', 'toy.py', '--work-dir', 'whole', *two_epochs)
+    run_tool('train', 'toy.py', '--cfg-options', 'randomness.seed=1')
+    run_tool('train', 'toy.py', '--resume', *resume, *two_epochs)
     whole, resumed = load('whole/epoch_2.pth'), load('work_dirs/toy/epoch_2.pth')
     assert resumed['meta']['iter'] == whole['meta']['iter'] == 4
     torch.testing.assert_close(
@@ -102,12 +97,12 @@ def test_resumed_training_equals_uninterrupted_training(run_tool, resume):
 
 
 def test_test_loads_the_checkpoint(run_tool, capfd):
-    run_tool('train.py', 'toy.py', '--work-dir', 'out')
+    run_tool('train', 'toy.py', '--work-dir', 'out')
     checkpoint = load('out/epoch_1.pth')
     checkpoint['state_dict']['linear.weight'].fill_(0)
     checkpoint['state_dict']['linear.bias'].fill_(4)
     torch.save(checkpoint, 'changed.pth')
     capfd.readouterr()
-    run_tool('test.py', 'toy.py', 'changed.pth', '--work-dir', 'out')
+    run_tool('test', 'toy.py', 'changed.pth', '--work-dir', 'out')
     output = capfd.readouterr()
     assert 'size: 8.0000' in output.out + output.err

@@ -35,8 +35,8 @@ def add(
     """Adds entries, or updates them; all of them, or none if one is refused.
 
     Args:
-        paths: Result files, folders of them, or finished entries. Defaults, if empty, to the
-            result files of all measured entries.
+        paths: Result files, folders of them, or finished entries. None means the result
+            files of all measured entries.
         root: The repository.
         words: Fields that result files do not say.
         with_times: Whether times of steps are used.

@@ -64,8 +64,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, end)
     args = parse_args()
+    signal.signal(signal.SIGTERM, end)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if args.source:
         results = read_folder(args.source)

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_backbones import conv, plain, unchanged
 from torch import nn
 
 import man_mm.backbones.base as base_file
@@ -221,139 +222,6 @@ def test_other_backbones_are_refused_with_those_supported(
 def test_a_model_without_backbone_is_refused():
     with pytest.raises(ValueError, match='Linear has no backbone.*Supported.*ResNet'):
         find_units(nn.Linear(2, 2))
-
-
-# Backbones in plain PyTorch: classes are known by name.
-
-
-def conv(in_channels, channels, stride=1):
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 3, stride, 1), nn.BatchNorm2d(channels)
-    )
-
-
-class ResNet(nn.Module):
-    """A stem and two stages, with everything that `probe` could disturb."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.relu, self.dropout = conv(1, 4, 2), nn.ReLU(), nn.Dropout()
-        self.layer1 = nn.Sequential(conv(4, 4), conv(4, 4))
-        self.layer2 = nn.Sequential(conv(4, 8, 2), conv(8, 8))
-        self.res_layers = ['layer1', 'layer2']
-
-    def forward(self, x):
-        x = self.relu(self.dropout(self.conv1(x)))
-        return self.path(x)
-
-    def path(self, x):
-        return self.layer2(self.layer1(x))
-
-
-class TwoBranches(ResNet):
-    def path(self, x):
-        return self.layer2(self.layer1[0](x) + self.layer1[1](x))
-
-
-class LongSkip(ResNet):
-    def path(self, x):
-        return self.layer2(x + self.layer1(x))
-
-
-class Twice(ResNet):
-    def path(self, x):
-        return self.layer2(self.layer1(self.layer1(x)))
-
-
-class Unused(ResNet):
-    def path(self, x):
-        return self.layer2(self.layer1[0](x))
-
-
-class Pair(nn.Sequential):
-    def forward(self, x):
-        return (super().forward(x),)
-
-
-class Tuples(ResNet):
-    def __init__(self):
-        super().__init__()
-        self.layer2 = nn.Sequential(conv(4, 8, 2), Pair(conv(8, 8)))
-
-
-class Failing(ResNet):
-    def path(self, x):
-        raise ArithmeticError
-
-
-def plain(kind=ResNet):
-    torch.manual_seed(0)
-    model = nn.Module()
-    model.backbone = kind()
-    return model
-
-
-@pytest.mark.parametrize(
-    ('kind', 'unit'),
-    [
-        (TwoBranches, 'layer1.1'),
-        (LongSkip, 'layer2.0'),
-        (Twice, 'layer1.0'),
-        (Unused, 'layer1.1'),
-        (Tuples, 'layer2.1'),
-    ],
-)
-def test_what_is_no_chain_is_refused_by_the_probe(kind, unit):
-    model = plain(kind)
-    units = find_units(model)  # by its base class
-    message = f"{kind.__name__} cannot be cut around 'backbone.{unit}'.*single path"
-    with pytest.raises(ValueError, match=message):
-        probe(model, units)
-    _, taps = probe(plain(), units)
-    assert len(taps) == 5  # the same modules as a chain
-
-
-def state_of(model):
-    """All that a probe must leave as it was."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    flags = [
-        (name, module.training, len(module._forward_hooks))
-        for name, module in model.named_modules()
-    ]
-    grads = [(p.requires_grad, p.grad is None) for p in model.parameters()]
-    random = torch.get_rng_state()
-    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    return [flags, grads], {**copies, 'random': random}
-
-
-def unchanged(model, call):
-    values, tensors = state_of(model)
-    call()
-    new_values, new_tensors = state_of(model)
-    equal = [torch.equal(tensors[name], new_tensors[name]) for name in tensors]
-    return values == new_values and all(equal)
-
-
-@pytest.mark.parametrize('training', [True, False])
-def test_the_probe_leaves_the_model_as_it_was(training):
-    model = plain().train(training)
-    model.backbone.layer1[0].train(not training)  # as a frozen stage
-    model.backbone.layer2[1].requires_grad_(False)
-    units = find_units(model)
-    assert unchanged(model, lambda: probe(model, units))
-    if training:  # a forward pass without its care does not
-        assert not unchanged(model, lambda: model.backbone(torch.ones(2, 1, 16, 16)))
-    assert not unchanged(model, lambda: model.backbone.train(not training))
-
-
-def test_a_probe_that_fails_leaves_the_model_as_it_was():
-    model = plain(Failing)
-
-    def call():
-        with pytest.raises(ArithmeticError):
-            probe(model, find_units(model))
-
-    assert unchanged(model, call)
 
 
 @pytest.mark.parametrize('frozen', [-1, 1])

@@ -7,11 +7,11 @@ from .base import (
     find_outputs,
     find_scale,
     find_units,
-    image_channels,
     probe,
     register_units,
 )
 from .cifar_resnet import CIFARResNet
+from .images import image_channels
 
 __all__ = [
     'CIFARResNet',

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from man_mm.core import Unit
 from man_mm.core.local_losses import ENTRY
 
+from .discovery import discover_units
+from .images import black_image, evaluating, largest_window
+
 UnitsFn = Callable[[nn.Module], list[Unit]]
 
 _ADAPTERS: dict[str, UnitsFn] = {}
 _SIZE = 64  # pixels of the image with which a network is probed
+_SIZES = (_SIZE, 224, 299)  # for networks without an adapter, which may want more
 _STRIDE = 32  # of the coarsest map of any family
 _LARGE = 256  # pixels of an image that leaves two locations on the coarsest level
 _SEVERAL_PATHS = ('DetectoRS_ResNet', 'HourglassNet', 'HRNet', 'TridentResNet')
@@ -89,33 +92,48 @@ def find_units(model: nn.Module) -> list[Unit]:
         >>> [unit.name for unit in find_units(model)]
         ['backbone.relu', 'backbone.layer1.0', 'backbone.layer2.0', 'backbone.layer3.0']
     """
-    supported = ', '.join(sorted(_ADAPTERS))
+    supported = (
+        'Supported backbones: those in which one map (N, C, H, W) is handed on from '
+        f'block to block, and by adapters {", ".join(sorted(_ADAPTERS))}.'
+    )
     try:
         place, backbone = find_backbone(model)
     except ValueError as error:
-        raise ValueError(f'{error} Supported backbones: {supported}.') from None
-    names = [cls.__name__ for cls in type(backbone).__mro__]
-    if any(name in _SEVERAL_PATHS for name in names):
+        raise ValueError(f'{error} {supported}') from None
+    name = type(backbone).__name__
+    bases = [cls.__name__ for cls in type(backbone).__mro__]
+    if any(base in _SEVERAL_PATHS for base in bases):
         raise ValueError(
-            f'model.{place} is a {names[0]}, which runs on several paths and cannot '
-            f'be cut into modules. Supported backbones: {supported}.'
+            f'model.{place} is a {name}, which runs on several paths and cannot be cut '
+            f'into modules. {supported}'
         )
-    for name in names:
-        if name in _ADAPTERS:
-            return [
-                replace(
-                    unit,
-                    name=f'{place}.{unit.name}',
-                    parts=tuple(f'{place}.{part}' for part in unit.parts),
-                    params=tuple(f'{place}.{param}' for param in unit.params),
-                )
-                for unit in _ADAPTERS[name](backbone)
-            ]
-    raise ValueError(
-        f'model.{place} is a {names[0]}, which local learning cannot cut yet. '
-        f'Supported backbones: {supported}; write an adapter with '
-        'man_mm.backbones.register_units to add one.'
-    )
+    adapter = next((_ADAPTERS[base] for base in bases if base in _ADAPTERS), None)
+    if adapter is None and place == 'backbone':
+        adapter = _discover
+    units = adapter(backbone) if adapter else []
+    if not units:
+        raise ValueError(
+            f'model.{place} is a {name}, which local learning cannot cut yet: it was '
+            f'not found to hand on one map from block to block. {supported} Write an '
+            'adapter with man_mm.backbones.register_units to add one.'
+        )
+    return [
+        replace(
+            unit,
+            name=f'{place}.{unit.name}',
+            parts=tuple(f'{place}.{part}' for part in unit.parts),
+            params=tuple(f'{place}.{param}' for param in unit.params),
+        )
+        for unit in units
+    ]
+
+
+def _discover(backbone: nn.Module) -> list[Unit]:
+    """The units of a network without an adapter; none if it takes no such images."""
+    for size in _SIZES:
+        with suppress(RuntimeError, ValueError, AssertionError), evaluating(backbone):
+            return discover_units(backbone, black_image(backbone, size))
+    return []
 
 
 def find_backbone(model: nn.Module) -> tuple[str, nn.Module]:
@@ -162,7 +180,7 @@ def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
         (3, 64, 4)
     """
     _, backbone = find_backbone(model)
-    size = max(_SIZE, _STRIDE * _largest_window(backbone))
+    size = max(_SIZE, _STRIDE * largest_window(backbone))
     inputs: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
     calls: dict[str, list[tuple[tuple, Any]]] = {unit.name: [] for unit in units}
     handles = []
@@ -178,8 +196,8 @@ def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
         handles.append(start.register_forward_pre_hook(enter))
         handles.append(model.get_submodule(unit.name).register_forward_hook(record))
     try:
-        with _evaluating(backbone):
-            backbone(_black(backbone, size))
+        with evaluating(backbone):
+            backbone(black_image(backbone, size))
     except Exception as error:
         if not calls[units[-1].name]:
             raise ValueError(
@@ -222,10 +240,10 @@ def find_outputs(model: nn.Module, behind_neck: bool = False) -> list[Tap]:
         One tap a map, in order, whose names and stages are its places in it.
     """
     _, backbone = find_backbone(model)
-    size = max(_LARGE, _STRIDE * _largest_window(backbone))
+    size = max(_LARGE, _STRIDE * largest_window(backbone))
     network = model.extract_feat if behind_neck else backbone
-    with _evaluating(model):
-        maps = network(_black(backbone, size))
+    with evaluating(model):
+        maps = network(black_image(backbone, size))
     maps = [maps] if isinstance(maps, Tensor) else maps
     return [
         Tap(str(index), index, map_.shape[1], size // map_.shape[3])
@@ -240,46 +258,5 @@ def find_scale(backbone: nn.Module, size: int = 16) -> int:
         backbone: A network that returns an image.
         size: Height and width in pixels of the image that it is tried with.
     """
-    with _evaluating(backbone):
-        return backbone(_black(backbone, size)).shape[-1] // size
-
-
-def image_channels(backbone: nn.Module) -> int:
-    """Channels of the images that a network takes."""
-    convs = (m for m in backbone.modules() if isinstance(m, nn.Conv2d))
-    channels = next(convs).in_channels
-    if any(type(m).__name__ == 'Focus' for m in backbone.modules()):
-        return channels // 4  # of YOLOX, which folds 2×2 pixels into channels
-    # Networks that restore images return what they take, but the first convolution of
-    # some sees more channels, as space is folded into them.
-    last = getattr(backbone, 'conv_last', None)
-    return channels if last is None else min(channels, last.out_channels)
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _largest_window(backbone: nn.Module) -> int:
-    """The largest attention window that does not fit itself to a smaller map."""
-    return max(
-        (
-            module.window_size
-            for module in backbone.modules()
-            if not getattr(module, 'pad_small_map', True)
-        ),
-        default=0,
-    )
-
-
-def _black(backbone: nn.Module, size: int) -> Tensor:
-    like = next(backbone.parameters())
-    return like.new_zeros(1, image_channels(backbone), size, size)
+    with evaluating(backbone):
+        return backbone(black_image(backbone, size)).shape[-1] // size

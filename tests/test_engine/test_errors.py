@@ -165,13 +165,15 @@ def test_unsupported_model_wrappers(model, kind):
     check_model_wrapper(model)  # control
 
 
-@pytest.mark.parametrize('backbone', ['MobileNetV2', 'HRNet', 'TridentResNet'])
+@pytest.mark.parametrize(
+    'backbone', ['PyramidVisionTransformer', 'HRNet', 'TridentResNet']
+)
 def test_unsupported_backbones(backbone):
-    from mmdet.models.backbones import HRNet, MobileNetV2
+    from mmdet.models.backbones import HRNet, PyramidVisionTransformer
 
     stage = dict(block='BASIC', num_blocks=(1,), num_channels=(8,))
     build = dict(
-        MobileNetV2=lambda: MobileNetV2(),
+        PyramidVisionTransformer=lambda: PyramidVisionTransformer(embed_dims=8),
         TridentResNet=lambda: MODELS.build(dict(
             type='mmdet.TridentResNet', depth=50, num_branch=3, test_branch_idx=1,
             strides=(1, 2, 2), dilations=(1, 1, 1), trident_dilations=(1, 2, 3),

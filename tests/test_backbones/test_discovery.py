@@ -1,0 +1,196 @@
+"""Units of backbones that have no adapter, found by running them once."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from man_mm.backbones import find_units, probe
+from man_mm.backbones.discovery import discover_units
+from man_mm.core import LocalLearner, StagePartition, split
+
+ARCH = {
+    'edgenext': dict(channels=[8, 16, 24, 32], depths=[1, 2, 1, 1], num_heads=[2] * 4),
+    'mixer': dict(embed_dims=8, depth=4, patch_size=7, kernel_size=9),
+    'poolformer': dict(
+        layers=[1, 1, 2, 1], embed_dims=[8, 16, 24, 32], mlp_ratios=[2] * 4,
+        layer_scale_init_value=1e-5,
+    ),
+    'repvgg': dict(
+        num_blocks=[1, 2, 1, 1], width_factor=[0.125] * 4, group_layer_map=None,
+        se_cfg=None,
+    ),
+    'densenet': dict(growth_rate=8, depths=[2, 2, 2, 2], init_channels=8),
+}  # fmt: skip
+# A backbone, the number of its units, and K when it is cut at its stages.
+BACKBONES = {
+    'detector of MobileNetV2': (
+        dict(type='mmdet.MobileNetV2', widen_factor=0.25, out_indices=(1, 2, 4, 6)),
+        18, 4,
+    ),
+    'MobileNetV2': (dict(type='mmpretrain.MobileNetV2', widen_factor=0.25), 19, 5),
+    'MobileNetV3': (dict(type='mmpretrain.MobileNetV3'), 13, 4),
+    'detector of EfficientNet': (
+        dict(type='mmdet.EfficientNet', arch='b0', out_indices=(3, 4, 5)), 17, 3,
+    ),
+    'ShuffleNetV2': (dict(type='mmpretrain.ShuffleNetV2', widen_factor=0.5), 18, 3),
+    'EdgeNeXt': (dict(type='mmpretrain.EdgeNeXt', arch=ARCH['edgenext']), 9, 4),
+    'ConvMixer': (dict(type='mmpretrain.ConvMixer', arch=ARCH['mixer']), 9, 4),
+    'PoolFormer': (
+        dict(type='mmpretrain.PoolFormer', arch=ARCH['poolformer'], frozen_stages=-1),
+        9, 4,
+    ),
+    'RepVGG': (dict(type='mmpretrain.RepVGG', arch=ARCH['repvgg']), 6, 4),
+    'DenseNet': (dict(type='mmpretrain.DenseNet', arch=ARCH['densenet']), 8, 4),
+    'AlexNet': (dict(type='mmpretrain.AlexNet'), 5, 4),
+}  # fmt: skip
+
+
+@pytest.fixture(params=BACKBONES)
+def name(request):
+    return request.param
+
+
+def build(cfg):
+    for package in ('mmdet', 'mmpretrain'):
+        init_default_scope(package)
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.backbone = MODELS.build(copy.deepcopy(cfg))
+    model.train()
+    for module in model.modules():
+        module.drop_prob = 0.0  # paths that are dropped at random
+    return model
+
+
+def images_for(name):
+    side = 224 if name == 'AlexNet' else 64
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(output):
+    outputs = [output] if isinstance(output, torch.Tensor) else output
+    return sum(x.square().mean() for x in outputs)
+
+
+class MeanHead(nn.Module):
+    def forward(self, maps, targets, bank):
+        (map_,) = maps.values()
+        return map_.square().mean()
+
+
+def test_units_lie_on_one_path_and_own_each_parameter_once(name):
+    cfg, count, k = BACKBONES[name]
+    model = build(cfg)
+    units = find_units(model)
+    assert len(units) == count
+    assert len(StagePartition().cuts(units)) + 1 == k
+    probe(model, units)
+    modules = split(model, units, [unit.name for unit in units[:-1]])
+    owned = [param for module in modules for param in module.params]
+    assert len(owned) == len({*map(id, owned)})
+    assert {*map(id, owned)} == {*map(id, model.parameters())}
+
+
+def local_gradients(name, cuts):
+    model = build(BACKBONES[name][0])
+    units = find_units(model)
+    modules = split(model, units, cuts(units))
+    heads = [MeanHead() for _ in modules[1:]]
+    with LocalLearner(model, modules, heads).step():
+        output = model.backbone(images_for(name))
+    loss = loss_of(output)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def plain_gradients(name, cuts):
+    """Of each loss only what reaches its own module, from one graph of all."""
+    model = build(BACKBONES[name][0])
+    units = find_units(model)
+    modules = split(model, units, cuts(units))
+    maps = {}
+    for module in modules[:-1]:
+        model.get_submodule(module.cut).register_forward_hook(
+            lambda _m, _args, output, cut=module.cut: maps.update({cut: output})
+        )
+    last = loss_of(model.backbone(images_for(name)))
+    names = {param: name for name, param in model.named_parameters()}
+    found = {}
+    for module in modules:
+        loss = last if module.is_last else maps[module.cut].square().mean()
+        grads = torch.autograd.grad(
+            loss, module.params, retain_graph=True, allow_unused=True
+        )
+        found.update(
+            {names[p]: grad for p, grad in zip(module.params, grads, strict=True)}
+        )
+    return last.detach(), found
+
+
+def same(a, b):
+    return all(
+        (a[key] is None) == (b[key] is None)
+        and (a[key] is None or torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-7))
+        for key in b
+    )
+
+
+def test_each_loss_trains_its_own_module(name):
+    def everywhere(units):
+        return [unit.name for unit in units[:-1]]
+
+    loss, local = local_gradients(name, everywhere)
+    plain_loss, plain = plain_gradients(name, everywhere)
+    assert torch.equal(loss, plain_loss)
+    assert same(local, plain)
+    _, elsewhere = plain_gradients(name, lambda units: everywhere(units)[1:])
+    assert not same(local, elsewhere)  # control
+
+
+class Branching(nn.Module):
+    """Three convolutions; what the others read of the first decides what to cut."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(3, 3, 3, 1, 1) for _ in range(3))
+        self.act = nn.ReLU(inplace=kind == 'in place')
+        self.kind = kind
+
+    def forward(self, x):
+        a = self.blocks[0](x)
+        b = self.blocks[1](self.act(a) if self.kind == 'in place' else a)
+        if self.kind == 'skip':
+            return (self.blocks[2](b + a),)
+        if self.kind == 'function':
+            return (self.blocks[2](torch.relu(b)),)
+        c = self.blocks[2](b)
+        return (c + a,) if self.kind == 'long skip' else (b, c)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'names'),
+    [
+        ('none', ['blocks.0', 'blocks.1', 'blocks.2']),
+        ('in place', ['act', 'blocks.1', 'blocks.2']),
+        ('function', ['blocks.0', 'blocks.2']),
+        ('skip', ['blocks.0', 'blocks.2']),
+        ('long skip', ['blocks.0']),
+    ],
+)
+def test_where_a_network_can_be_cut(kind, names):
+    network = Branching(kind).eval()
+    units = discover_units(network, torch.zeros(1, 3, 8, 8))
+    assert [unit.name for unit in units] == names
+    if kind == 'none':
+        assert [unit.read_elsewhere for unit in units] == [False, True, False]
+        assert [unit.stage for unit in units] == [-1, 0, 1]
+    is_chain = [unit.as_map is None for unit in units]
+    assert is_chain == [True, kind not in ('function', 'skip'), True][: len(units)]
+
+
+def test_a_network_of_tokens_has_no_units():
+    network = nn.Sequential(nn.Flatten(2), nn.Linear(64, 4), nn.Linear(4, 4))
+    assert discover_units(network, torch.zeros(1, 3, 8, 8)) == []

@@ -242,8 +242,8 @@ def test_a_family_can_be_added(monkeypatch):
         pass
 
     model = plain(lambda: Longer(conv(1, 2), conv(2, 3, 2)))
-    found = find_units(model)
-    assert found == [Unit('backbone.0', 0), Unit('backbone.1', 2)]
+    found = [unit.name for unit in find_units(model)]
+    assert found == ['backbone.0.1', 'backbone.1.1']
 
     @register_units('Chain')
     def chain_units(backbone):

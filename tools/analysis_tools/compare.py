@@ -8,8 +8,9 @@ r"""Train configs with several seeds and compare them: accuracy, memory and time
 
 For classification, detection and super-resolution alike. Every run writes one JSON
 file; what is there already is not trained again, and a run that was stopped goes on
-from its last checkpoint. Ratios are those to the first entry. Arguments can also come
-from a file, one a line, such as those in ``benchmarks/comparisons``:
+from its last checkpoint. Ratios are those to the first entry; differences from it are
+paired by seed, with 95 % intervals. Arguments can also come from a file, one a line,
+such as those in ``benchmarks/comparisons``:
 
     mim run man_mm compare @benchmarks/comparisons/fashion.txt --jobs 2
 """
@@ -24,6 +25,7 @@ from rich.console import Console
 from man_mm.benchmark.comparison import read_folder, read_results, run_all
 from man_mm.benchmark.comparison_picture import draw_comparison
 from man_mm.benchmark.comparison_report import make_table, markdown_rows
+from man_mm.benchmark.paired_differences import make_difference_table
 from man_mm.benchmark.training_runs import Run, RunError, parse_entry
 
 
@@ -52,9 +54,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--markdown', action='store_true', help='print rows for documents'
     )
+    parser.add_argument(
+        '--margin',
+        type=float,
+        help='greatest loss that counts as none, in units of the first metric: '
+        'a verdict stands beside each difference then',
+    )
     args = parser.parse_args()
     if not (args.entries or args.source):
         parser.error('give an entry NAME=CONFIG, or --from DIR')
+    if args.margin is not None and args.margin < 0:
+        parser.error('--margin must be at least 0')
     try:
         options = tuple(args.cfg_options)
         args.entries = [parse_entry(text, options) for text in args.entries]
@@ -84,6 +94,7 @@ def main() -> None:
         print('\n'.join(markdown_rows(results)))
     else:
         console.print(make_table(results))
+        console.print(make_difference_table(results, args.margin))
     if args.picture:
         draw_comparison(results, args.picture)
         console.print(args.picture, highlight=False, markup=False)

@@ -1,0 +1,116 @@
+"""Paired differences of two methods over seeds, and what they allow to claim."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The mean difference to a baseline, with its 95 % confidence interval.
+
+    Attributes:
+        seeds: The seeds that both methods were trained with.
+        mean: Mean over the seeds of result minus baseline, in units of the metric.
+        low: Lower end of the interval; minus infinity with a single seed.
+        high: Upper end of the interval; infinity with a single seed.
+    """
+
+    seeds: tuple[int, ...]
+    mean: float
+    low: float
+    high: float
+
+    def verdict(self, margin: float) -> str:
+        """What the interval allows to claim.
+
+        Args:
+            margin: Greatest loss that still counts as none, in units of the metric.
+
+        Returns:
+            ``'better'`` if the whole interval is above zero, ``'not inferior'`` if it
+            is above ``-margin``, ``'inferior'`` if it is below ``-margin``, otherwise
+            ``'undecided'``.
+
+        Raises:
+            ValueError: If ``margin`` is negative.
+
+        Examples:
+            >>> PairedDifference((0, 1), mean=0.1, low=-0.2, high=0.4).verdict(0.3)
+            'not inferior'
+        """
+        if margin < 0:
+            raise ValueError(f'margin must be at least 0, got {margin}.')
+        if self.low > 0:
+            return 'better'
+        if self.low > -margin:
+            return 'not inferior'
+        return 'inferior' if self.high < -margin else 'undecided'
+
+
+def paired_difference(
+    baseline: Mapping[int, float], results: Mapping[int, float]
+) -> PairedDifference:
+    """Compares results that share seeds: initial weights and order of the data.
+
+    The interval is that of Student's t-distribution for the mean of the differences,
+    which is narrower than one of two independent means where seeds matter.
+
+    Args:
+        baseline: A metric of which more is better, by seed.
+        results: The same metric of another method, by seed.
+
+    Raises:
+        ValueError: If they share no seed.
+
+    Examples:
+        >>> difference = paired_difference({0: 80.0, 1: 82.0}, {0: 81.0, 1: 83.2})
+        >>> round(difference.mean, 2), round(difference.low, 2)
+        (1.1, -0.17)
+    """
+    seeds = tuple(sorted(baseline.keys() & results.keys()))
+    if not seeds:
+        raise ValueError(
+            f'the baseline has the seeds {sorted(baseline)}, the results have '
+            f'{sorted(results)}: without a seed in common there is no pair.'
+        )
+    values = [results[seed] - baseline[seed] for seed in seeds]
+    mean, half = statistics.mean(values), math.inf
+    if len(values) > 1:
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        half = error * float(stats.t.ppf(0.975, len(values) - 1))
+    return PairedDifference(seeds, mean, mean - half, mean + half)
+
+
+def make_difference_table(results: Sequence[dict], margin: float | None) -> Table:
+    """One row for each method but the first, which is the baseline.
+
+    Args:
+        results: What the runs of `compare` wrote, those of the baseline first.
+        margin: See `PairedDifference.verdict`. None leaves the verdict out.
+    """
+    metric = next(iter(results[0]['metrics']))
+    groups: dict[str, dict[int, float]] = {}
+    for result in results:
+        scores = groups.setdefault(result['name'], {})
+        scores[result['seed']] = result['metrics'][metric]
+    (first, baseline), *others = groups.items()
+    table = Table(title=f'{metric}: paired differences from {first}')
+    for column in ('', 'seeds', 'mean', '95 % interval'):
+        table.add_column(column, justify='right' if column else 'left')
+    if margin is not None:
+        table.add_column(f'verdict at a margin of {margin:g}')
+    for name, scores in others:
+        difference = paired_difference(baseline, scores)
+        row = [name, str(len(difference.seeds)), f'{difference.mean:+.4g}']
+        row.append(f'{difference.low:+.4g} to {difference.high:+.4g}')
+        if margin is not None:
+            row.append(difference.verdict(margin))
+        table.add_row(*row)
+    return table

@@ -62,6 +62,12 @@ def shrink_detector(model):
         for part in (backbone, model.neck, model.bbox_head):
             part.norm_cfg.type = 'BN'
         return
+    if backbone.type == 'MobileNetV2':
+        backbone.update(widen_factor=0.25, init_cfg=None)
+        model.neck.in_channels = [8, 8, 24, 80]
+        if 'roi_head' in model:
+            model.train_cfg.rcnn.sampler.num = 32
+        return
     if backbone.type == 'SwinTransformer':
         backbone.update(embed_dims=8, depths=[1] * 4, num_heads=[2] * 4)
         expansion = 1

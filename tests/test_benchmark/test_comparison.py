@@ -68,7 +68,7 @@ def test_rows_have_means_spreads_and_ratios():
         ('configs/man/x.py', 'is no entry: write NAME=CONFIG'),
         ('MAN=', 'is no entry'),
         (f'MAN={CONFIG.format("man", "man_")} lr', 'is no entry'),
-        ('MAN=configs/none.py', "Entry 'MAN': there is no config 'configs/none.py'"),
+        ('MAN=configs/none.py', "Entry 'MAN': There is no config 'configs/none.py'"),
     ],
 )
 def test_wrong_entries_are_refused(text, message):

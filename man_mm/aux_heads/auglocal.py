@@ -38,7 +38,7 @@ class AugLocalHead(AuxHead):
 
     Raises:
         ValueError: If an option is out of range, the units do not work on maps, or the
-            model is no classifier that tells its number of classes.
+            model is not a classifier that knows its number of classes.
 
     Examples:
         >>> from mmengine.hub import get_model

@@ -1,4 +1,4 @@
-"""What every auxiliary head is given, and has to give back."""
+"""What every auxiliary head receives and must return."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def linear_classifier(model: nn.Module, in_channels: int) -> nn.Module:
         in_channels: Channels of the features.
 
     Raises:
-        ValueError: If the model's head does not tell its number of classes.
+        ValueError: If the model's head does not know its number of classes.
     """
     num_classes = count_classes(model)
     names = [cls.__name__ for cls in type(model.head).__mro__]

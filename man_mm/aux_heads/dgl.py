@@ -31,7 +31,7 @@ class DGLHead(AuxHead):
         site: Where the head sits.
 
     Raises:
-        ValueError: If the model is no classifier that tells its number of classes.
+        ValueError: If the model is not a classifier that knows its number of classes.
 
     Examples:
         >>> from mmengine.hub import get_model

@@ -44,7 +44,7 @@ class DGLDetHead(AuxHead):
         cls_weight: Weight of the loss for classes, as in `MANDetHead`. Defaults to 1.0.
 
     Raises:
-        ValueError: If an option is out of range, or the model is no detector.
+        ValueError: If an option is out of range, or the model is not a detector.
 
     Examples:
         >>> from mmengine.hub import get_model

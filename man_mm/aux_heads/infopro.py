@@ -41,7 +41,7 @@ class InfoProHead(AuxHead):
 
     Raises:
         ValueError: If an option is unknown, the image does not enter the first unit,
-            or the model is no classifier that tells its number of classes.
+            or the model is not a classifier that knows its number of classes.
 
     Examples:
         >>> from mmengine.hub import get_model

@@ -49,7 +49,7 @@ class MANClsHead(AuxHead):
 
     Raises:
         ValueError: If an option is unknown or out of range, the model's head does not
-            tell its number of classes, or ``mode='faithful'`` meets a network whose
+            know its number of classes, or ``mode='faithful'`` meets a network whose
             blocks do not work on maps.
 
     Examples:

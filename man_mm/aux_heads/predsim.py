@@ -34,8 +34,8 @@ class PredSimHead(AuxHead):
         beta: Weight of the similarity matching loss, in [0, 1]. Defaults to 0.99.
 
     Raises:
-        ValueError: If ``beta`` is out of range, or the model is no classifier that
-            tells its number of classes.
+        ValueError: If ``beta`` is out of range, or the model is not a classifier that
+            knows its number of classes.
 
     Examples:
         >>> from mmengine.hub import get_model

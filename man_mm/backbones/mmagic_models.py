@@ -1,4 +1,4 @@
-"""Imports mmagic's models, or tells what keeps them from being imported.
+"""Imports mmagic's models, or explains why they cannot be imported.
 
 Named in ``custom_imports`` of super-resolution configs. Without it, mmengine goes on
 after a failed import, and says only that a class is not in its registry.

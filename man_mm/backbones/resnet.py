@@ -1,4 +1,4 @@
-"""ResNet, ResNeXt, RegNet, Res2Net, ResNeSt and their kin; our own `CIFARResNet`."""
+"""ResNet, ResNeXt, RegNet, Res2Net, ResNeSt, and this package's `CIFARResNet`."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _blocks(
 ) -> list[Unit]:
     """One unit a block, the first with what is before it, in four stages.
 
-    The last stage is shorter, since its module runs the upsampler, too.
+    The last stage is shorter, because its module also runs the upsampler.
     """
     units = []
     for index in range(len(blocks)):

@@ -134,7 +134,8 @@ def parse_entry(text: str, options: tuple[str, ...] = ()) -> Entry:
     config, *own = shlex.split(rest) or ['']
     if not (name and equals and config) or any('=' not in option for option in own):
         raise ValueError(
-            f'{text!r} is no entry: write NAME=CONFIG, or "NAME=CONFIG KEY=VALUE ...".'
+            f'{text!r} is not an entry: write NAME=CONFIG or '
+            '"NAME=CONFIG KEY=VALUE ...".'
         )
     try:
         find_config(config)

@@ -35,7 +35,7 @@ def recomputed(*submodules: nn.Module) -> Wrap:
 
 @contextmanager
 def statistics_kept(*submodules: nn.Module) -> Iterator[None]:
-    """Batch norms normalise as ever, but do not update their running statistics.
+    """Batch norms normalise as usual but do not update their running statistics.
 
     Args:
         *submodules: What holds the batch norms.

@@ -16,9 +16,9 @@ def fold_norms(unit: nn.Module) -> Wrap | None:
     """Wraps the forward of a unit so that frozen batch norms save no map.
 
     A norm in evaluation mode is folded into the weights of its convolution (*tune
-    mode*, arXiv 2305.11624), so the map between the two is never made. Other than by
-    mmengine's ``efficient_conv_bn_eval``, the folded weights are not saved either,
-    but folded once more in the backward pass. Equal to the unit up to rounding; norms
+    mode*, arXiv 2305.11624), so the map between the two is never made. Unlike with
+    mmengine's ``efficient_conv_bn_eval``, the folded weights are not saved either but
+    folded again in the backward pass. Equal to the unit up to rounding; norms
     in training mode run as they are. Hooks inside the unit do not run.
 
     Args:

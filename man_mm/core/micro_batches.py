@@ -21,7 +21,7 @@ class MicroBatches:
 
     The others then hand on what they get, and the outlets what the chain has put
     together, so the network's own forward function never notices. A part that the
-    network uses again after the last one, such as an activation, runs as ever.
+    network uses again after the last one, such as an activation, runs as usual.
 
     Args:
         parts: Names of submodules; each takes the output of the one before it.

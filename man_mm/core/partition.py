@@ -245,7 +245,7 @@ def split(
         merged with the next one, so K can be smaller than ``len(cuts) + 1``.
 
     Raises:
-        ValueError: If a cut is no unit that another one follows, or a parameter
+        ValueError: If a cut is not a unit that another one follows, or a parameter
             belongs to units of two modules.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Configurations that cannot work, told at start with the key and the fix."""
+"""Configurations that cannot work, reported at start-up with the key and the fix."""
 
 from __future__ import annotations
 

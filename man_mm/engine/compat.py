@@ -1,4 +1,4 @@
-"""What mmengine 0.10 needs on recent torch."""
+"""What mmengine 0.10 needs with recent torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tells in which module memory ran out, and what to do."""
+"""Reports in which module memory ran out, and what to do."""
 
 from __future__ import annotations
 

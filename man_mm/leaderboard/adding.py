@@ -99,7 +99,7 @@ def make_entries(
 
 
 def _merge(old: dict, new: dict) -> dict:
-    """Old fields and new ones, of which None says nothing; in objects, too."""
+    """Merges new fields into old ones; None means unknown, also within objects."""
     merged = dict(old)
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(old.get(key), dict):
@@ -222,7 +222,7 @@ def _words(record: dict, root: Path) -> dict:
 @cache
 def _load_config(root: Path, path: str, options: tuple[str, ...]) -> Config:
     if not (root / path).is_file():
-        raise EntryError(f'the config {path} does not exist here: add it, too.')
+        raise EntryError(f'the config {path} does not exist here: add it as well.')
     return load_config(root / path, options)
 
 
@@ -290,14 +290,14 @@ def read_given(path: Path, root: Path) -> tuple[Path, dict] | None:
     """Reads a finished entry, such as a reported one, and says where it belongs.
 
     Returns:
-        Its path in the repository and the entry; None if the file is no entry.
+        Its path in the repository and the entry; None if the file is not an entry.
     """
     if path.suffix != '.json' or not path.is_file():
         return None
     try:
         entry = json.loads(path.read_text('utf-8'))
     except json.JSONDecodeError as error:
-        raise EntryError(f'{path} is no JSON: {error}.') from error
+        raise EntryError(f'{path} is not valid JSON: {error}.') from error
     if not isinstance(entry, dict) or 'kind' not in entry:
         return None
     task = entry.get('task')

@@ -71,7 +71,7 @@ def documents(root: Path) -> list[Path]:
 def unmarked_numbers(text: str) -> list[str]:
     """Rows with measured numbers that stand outside of the markers.
 
-    Rows that name a setting, in backticks, are none.
+    Rows that name a setting in backticks do not count.
     """
     rows = re.findall(r'^\|.*\d\.\d+.*\|$', _BLOCK.sub('', text), re.MULTILINE)
     return [row for row in rows if '`' not in row]

@@ -60,7 +60,7 @@ def read_entries(root: Path) -> dict[Path, dict]:
         Entries by their path, in the order of tasks and names.
 
     Raises:
-        EntryError: If a file is no JSON.
+        EntryError: If a file is not valid JSON.
     """
     paths = [
         path
@@ -79,7 +79,7 @@ def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text('utf-8'))
     except json.JSONDecodeError as error:
-        raise EntryError(f'{path} is no JSON: {error}.') from error
+        raise EntryError(f'{path} is not valid JSON: {error}.') from error
 
 
 def read_raw(path: Path) -> dict:
@@ -92,9 +92,7 @@ def read_raw(path: Path) -> dict:
         raise EntryError(f'{path} does not exist.')
     record = _read_json(path)
     if not isinstance(record, dict) or not raw_kind(record):
-        raise EntryError(
-            f'{path} is no result of the tools benchmark, compare or demo.'
-        )
+        raise EntryError(f'{path} was not written by benchmark, compare or demo.')
     return record
 
 

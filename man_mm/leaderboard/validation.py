@@ -130,7 +130,7 @@ def _source_errors(entry: dict, root: Path) -> Iterator[str]:
 
 
 def _differences(place: str, stated: object, found: object) -> Iterator[str]:
-    """Where an entry is not what its sources say; None in the sources says nothing."""
+    """Where an entry differs from its sources; None in the sources means unknown."""
     if found is None and place != 'step_seconds':
         return
     if isinstance(found, dict) and isinstance(stated, dict):

@@ -51,7 +51,7 @@ class Regions:
         self._next = torch.autograd._get_sequence_nr()
 
     def advance(self) -> str:
-        """Find the running region, to which the newest nodes belong, too."""
+        """Finds the running region, to which the newest nodes also belong."""
         region = self._locate()
         following = torch.autograd._get_sequence_nr()
         if following != self._next:

@@ -36,10 +36,10 @@ def measure_units(
     configuration: every run, every rank and every resumed run plans alike.
 
     Args:
-        model: The model on its device; left as it is, and random states too.
+        model: The model on its device; unchanged, like the random states.
         build: Builds a learner from a model and the config of a partition.
         shape: Shape ``(N, C, H, W)`` of the batch.
-        plain: Whether to run the network as it is, without folding, recomputing and
+        plain: Whether to run the unchanged network, without folding, recomputing and
             micro-batches, as end-to-end training does. Defaults to False.
 
     Returns:

@@ -83,7 +83,7 @@ def plan_budget(
 
 
 class BalancedPartition:
-    """Cuts where the largest module needs the fewest bytes, as measured at start.
+    """Cuts where the largest module needs the fewest bytes, as measured at start-up.
 
     Bytes are counted, not read from an allocator, so the cuts are the same in every
     run. They are those of activations and gradients: what a training step needs above

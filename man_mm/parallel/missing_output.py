@@ -12,8 +12,8 @@ from torch import Tensor
 class MissingOutput(Tensor):
     """What a part returns that ran in another process and whose output was not sent.
 
-    A network may hand it around, but whatever looks into it, be it only for its
-    shape, is an error: it would compute something else than on one process.
+    A network may pass it around, but reading it, even just its shape, is an error: the
+    network would compute something else than in one process.
     """
 
     @classmethod

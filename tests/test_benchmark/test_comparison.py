@@ -65,9 +65,9 @@ def test_rows_have_means_spreads_and_ratios():
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
-        ('configs/man/x.py', 'is no entry: write NAME=CONFIG'),
-        ('MAN=', 'is no entry'),
-        (f'MAN={CONFIG.format("man", "man_")} lr', 'is no entry'),
+        ('configs/man/x.py', 'is not an entry: write NAME=CONFIG'),
+        ('MAN=', 'is not an entry'),
+        (f'MAN={CONFIG.format("man", "man_")} lr', 'is not an entry'),
         ('MAN=configs/none.py', "Entry 'MAN': There is no config 'configs/none.py'"),
     ],
 )

@@ -131,7 +131,7 @@ def test_a_baseline_is_needed_and_is_end_to_end(root):
     LOCAL.write_text(text)
     assert 'baseline: missing' in board.validate(root)[0]
     LOCAL.write_text('{')
-    assert 'is no JSON' in board.validate(root)[0]
+    assert 'is not valid JSON' in board.validate(root)[0]
 
 
 def test_a_changed_result_file_is_noticed(root):
@@ -246,7 +246,7 @@ def test_results_on_cuda_have_bytes_of_the_allocator(root):
         (['add', 'benchmarks/results/empty'], 'has no result files'),
         (
             ['add', 'benchmarks/results/other'],
-            'is no result of the tools benchmark',
+            'was not written by benchmark',
         ),
         (['add', f'benchmarks/results/{STEP}', '--set', 'batch=9'], 'says itself what'),
         (['add', f'benchmarks/results/{STEP}', '--set', 'batch'], 'write KEY=VALUE'),

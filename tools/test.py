@@ -20,15 +20,17 @@ def main() -> None:
         help='folder for logs; by default the one in the config, or work_dirs/ with '
         "the config's name",
     )
-    parser.add_argument('--out', metavar='FILE.pkl', help='store the predictions')
+    parser.add_argument(
+        '--out', metavar='FILE.pkl', help='file to store the predictions in'
+    )
     parser.add_argument(
         '--show', action='store_true', help='show the predictions in a window'
     )
-    parser.add_argument('--show-dir', help='draw the predictions to this folder')
+    parser.add_argument('--show-dir', help='folder to draw the predictions to')
     parser.add_argument(
-        '--wait-time', type=float, default=2, help='seconds that --show waits'
+        '--wait-time', type=float, default=2, help='seconds that --show waits for'
     )
-    parser.add_argument('--tta', action='store_true', help='test with augmentations')
+    parser.add_argument('--tta', action='store_true', help='use test-time augmentation')
     parser.add_argument(
         '--cfg-options',
         nargs='+',

@@ -36,25 +36,48 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('configs', nargs='*', metavar='CONFIG')
-    parser.add_argument('--schemes', nargs='+', help='such as local+K=4+micro=1')
     parser.add_argument(
-        '--size', type=int, nargs=2, default=(800, 1333), help='height and width'
+        '--schemes',
+        nargs='+',
+        help=('training schemes to compare, such as end-to-end or local+K=4+micro=1'),
     )
     parser.add_argument(
-        '--batch', type=int, nargs='+', default=[1], help='images in a step'
+        '--size',
+        type=int,
+        nargs=2,
+        default=(800, 1333),
+        help='height and width of the images in pixels',
     )
-    parser.add_argument('--repeats', type=int, default=5, help='timed steps')
+    parser.add_argument(
+        '--batch',
+        type=int,
+        nargs='+',
+        default=[1],
+        help='images in a step; several values give growth curves',
+    )
+    parser.add_argument(
+        '--repeats', type=int, default=5, help='number of timed steps for each scheme'
+    )
     parser.add_argument('--device', default='cpu')
     parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='overrides'
+        '--cfg-options',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help='override settings of the config',
     )
-    parser.add_argument('--out', type=Path, help='folder for JSON files')
-    parser.add_argument('--picture', type=Path, help='PNG file for the comparison')
+    parser.add_argument('--out', type=Path, help='folder to write JSON files to')
     parser.add_argument(
-        '--from', dest='source', type=Path, help='show JSON files, measure nothing'
+        '--picture', type=Path, help='PNG file to draw the comparison to'
     )
     parser.add_argument(
-        '--markdown', action='store_true', help='print rows for documents'
+        '--from',
+        dest='source',
+        type=Path,
+        help='show the JSON files of this folder instead of measuring',
+    )
+    parser.add_argument(
+        '--markdown', action='store_true', help='print table rows in Markdown'
     )
     args = parser.parse_args()
     if not (args.configs or args.source):

@@ -42,27 +42,63 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', metavar='CONFIG')
     parser.add_argument(
-        '--size', type=int, nargs=2, default=(224, 224), help='height and width'
+        '--size',
+        type=int,
+        nargs=2,
+        default=(224, 224),
+        help='height and width of the images in pixels',
     )
     parser.add_argument('--batch', type=int, default=4, help='images in a step')
-    parser.add_argument('--modules', type=int, default=8, help='modules (balanced)')
-    parser.add_argument('--processes', type=int, default=2, help='of the pipeline')
-    parser.add_argument('--steps', type=int, default=6, help='timed batches a round')
-    parser.add_argument('--repeats', type=int, default=5, help='rounds')
-    parser.add_argument('--in-flight', type=int, default=2, help='batches ahead')
     parser.add_argument(
-        '--devices', type=int, nargs='+', default=[4, 8], help='to predict'
+        '--modules', type=int, default=8, help='number of modules, of balanced memory'
+    )
+    parser.add_argument(
+        '--processes', type=int, default=2, help='number of processes in the pipeline'
+    )
+    parser.add_argument(
+        '--steps', type=int, default=6, help='timed batches in each round'
+    )
+    parser.add_argument('--repeats', type=int, default=5, help='number of rounds')
+    parser.add_argument(
+        '--in-flight',
+        type=int,
+        default=2,
+        help='batches that a rank may be ahead of the next one',
+    )
+    parser.add_argument(
+        '--devices',
+        type=int,
+        nargs='+',
+        default=[4, 8],
+        help='numbers of devices to predict the speed-up for',
     )
     given = parser.add_argument_group('devices of which there is a prediction only')
     given.add_argument(
-        '--speed', type=float, default=100, help='times faster than this processor'
+        '--speed',
+        type=float,
+        default=100,
+        help='speed of a predicted device, as a multiple of this processor',
     )
-    given.add_argument('--bandwidth', type=float, default=10, help='of links, in GB/s')
-    given.add_argument('--latency', type=float, default=20, help='of links, in µs')
+    given.add_argument(
+        '--bandwidth',
+        type=float,
+        default=10,
+        help='bandwidth of the predicted links, in GB/s',
+    )
+    given.add_argument(
+        '--latency',
+        type=float,
+        default=20,
+        help='latency of the predicted links, in µs',
+    )
     parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='overrides'
+        '--cfg-options',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help='override settings of the config',
     )
-    parser.add_argument('--out', type=Path, help='folder for the JSON file')
+    parser.add_argument('--out', type=Path, help='folder to write the JSON file to')
     return parser.parse_args()
 
 

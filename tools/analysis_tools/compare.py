@@ -38,27 +38,46 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('entries', nargs='*', metavar='"NAME=CONFIG [KEY=VALUE ...]"')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument(
-        '--out', type=Path, default=Path('work_dirs/compare/results'), help='JSON files'
+        '--out',
+        type=Path,
+        default=Path('work_dirs/compare/results'),
+        help='folder to write JSON files to',
     )
     parser.add_argument(
-        '--work-dirs', type=Path, default=Path('work_dirs/compare'), help='checkpoints'
-    )
-    parser.add_argument('--jobs', type=int, default=1, help='trainings at a time')
-    parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='for all'
-    )
-    parser.add_argument('--picture', type=Path, help='PNG file for the curves')
-    parser.add_argument(
-        '--from', dest='source', type=Path, help='show JSON files, train nothing'
+        '--work-dirs',
+        type=Path,
+        default=Path('work_dirs/compare'),
+        help='folder for checkpoints and logs',
     )
     parser.add_argument(
-        '--markdown', action='store_true', help='print rows for documents'
+        '--jobs', type=int, default=1, help='number of training runs at a time'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help='override settings of all configs',
+    )
+    parser.add_argument(
+        '--picture', type=Path, help='PNG file to draw the learning curves to'
+    )
+    parser.add_argument(
+        '--from',
+        dest='source',
+        type=Path,
+        help='show the JSON files of this folder instead of training',
+    )
+    parser.add_argument(
+        '--markdown', action='store_true', help='print table rows in Markdown'
     )
     parser.add_argument(
         '--margin',
         type=float,
-        help='greatest loss that counts as none, in units of the first metric: '
-        'a verdict stands beside each difference then',
+        help=(
+            'largest loss that counts as none, in units of the first '
+            'metric; adds a verdict to each difference'
+        ),
     )
     args = parser.parse_args()
     if not (args.entries or args.source):

@@ -24,21 +24,30 @@ def parse_args() -> argparse.Namespace:
         'config', nargs='?', default='configs/man/resnet50_man_imagenet.py'
     )
     parser.add_argument(
-        '--size', type=int, nargs=2, default=(224, 224), help='height and width'
+        '--size',
+        type=int,
+        nargs=2,
+        default=(224, 224),
+        help='height and width of the images in pixels',
     )
     parser.add_argument('--batch', type=int, default=8, help='images in the step')
     parser.add_argument(
         '--num-modules',
         type=int,
         metavar='K',
-        help='modules of equal memory; default: the cuts of the config',
+        help=('number of modules of balanced memory; default: the cuts of the config'),
     )
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
-    parser.add_argument('--out', type=Path, help='JSON file for what was measured')
     parser.add_argument(
-        '--from', dest='source', type=Path, help='draw a JSON file, measure nothing'
+        '--out', type=Path, help='JSON file to write the measurements to'
     )
-    parser.add_argument('--picture', type=Path, required=True, help='PNG file')
+    parser.add_argument(
+        '--from',
+        dest='source',
+        type=Path,
+        help='draw this JSON file instead of measuring',
+    )
+    parser.add_argument('--picture', type=Path, required=True, help='PNG file to write')
     return parser.parse_args()
 
 

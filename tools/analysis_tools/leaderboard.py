@@ -27,8 +27,10 @@ def parse_args() -> argparse.Namespace:
         '--root',
         type=Path,
         default=Path('.'),
-        help='a clone of man_mm, whose benchmarks/ has the entries; default: the '
-        'current folder',
+        help=(
+            'clone of man_mm whose benchmarks folder has the entries; '
+            'default: the current folder'
+        ),
     )
     commands = parser.add_subparsers(dest='command', required=True)
     adding = commands.add_parser('add', help='make entries from result files')
@@ -39,14 +41,20 @@ def parse_args() -> argparse.Namespace:
         default=[],
         type=parse_word,
         metavar='KEY=VALUE',
-        help='fields that result files do not say, such as model=ResNet-50',
+        help='fields that the result files lack, such as model=ResNet-50',
     )
     adding.add_argument(
-        '--without-times', action='store_true', help='other work ran beside'
+        '--without-times',
+        action='store_true',
+        help='omit times, because other work ran at the same time',
     )
     commands.add_parser('validate', help='check the entries')
-    building = commands.add_parser('build', help='write documents, metafiles and site')
-    building.add_argument('--site', type=Path, default=Path('site'), help='folder')
+    building = commands.add_parser(
+        'build', help='write documents, metafiles and the site'
+    )
+    building.add_argument(
+        '--site', type=Path, default=Path('site'), help='folder to write the site to'
+    )
     commands.add_parser('check', help='check entries, documents and metafiles')
     args = parser.parse_args()
     if not (args.root / 'benchmarks').is_dir():

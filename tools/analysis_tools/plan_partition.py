@@ -32,24 +32,39 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', help='config trained by local learning')
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument('--num-modules', type=int, metavar='K', help='modules')
     wanted.add_argument(
-        '--memory-budget', metavar='SIZE', help='most bytes of a module: 6GiB, 800MiB'
+        '--num-modules', type=int, metavar='K', help='number of modules'
+    )
+    wanted.add_argument(
+        '--memory-budget',
+        metavar='SIZE',
+        help='memory limit of a module, such as 6GiB or 800MiB',
     )
     parser.add_argument(
         '--size',
         type=int,
         nargs=2,
         metavar=('H', 'W'),
-        help='of the images, in pixels; default 800 1333, for classifiers 224 224',
+        help=(
+            'height and width of the images in pixels; default: 800 1333,'
+            ' for classifiers 224 224'
+        ),
     )
     parser.add_argument(
-        '--batch', type=int, help="images in a step; default: the train_dataloader's"
+        '--batch',
+        type=int,
+        help=("images in a step; default: that of the config's train_dataloader"),
     )
-    parser.add_argument('--out', type=Path, help='new config with these cuts')
-    parser.add_argument('--picture', type=Path, help='PNG file of the peaks')
     parser.add_argument(
-        '--check', action='store_true', help='train a step and compare its peaks'
+        '--out', type=Path, help='file to write a config with these cuts to'
+    )
+    parser.add_argument(
+        '--picture', type=Path, help='PNG file to draw the predicted peaks to'
+    )
+    parser.add_argument(
+        '--check',
+        action='store_true',
+        help='train one step and compare its peaks with the prediction',
     )
     return parser.parse_args()
 

@@ -20,9 +20,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='of the plain model')
+    parser.add_argument('config', help='config of the plain model')
     parser.add_argument('checkpoints', nargs='+', metavar='NAME=CHECKPOINT')
-    parser.add_argument('--count', type=int, default=4, help='pictures')
+    parser.add_argument('--count', type=int, default=4, help='number of pictures')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/preview.png'))
     args = parser.parse_args()
     for text in args.checkpoints:

@@ -22,10 +22,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='of the plain model')
+    parser.add_argument('config', help='config of the plain model')
     parser.add_argument('checkpoints', nargs='+', metavar='NAME=CHECKPOINT')
-    parser.add_argument('--images', type=int, help='of the validation set; all else')
-    parser.add_argument('--out', type=Path, help='folder of JSON files')
+    parser.add_argument(
+        '--images', type=int, help='number of validation images; default: all'
+    )
+    parser.add_argument('--out', type=Path, help='folder to write JSON files to')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
     args = parser.parse_args()
     for text in args.checkpoints:

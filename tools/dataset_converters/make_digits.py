@@ -21,7 +21,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--num-train', type=int, default=2000, help='training images')
     parser.add_argument('--num-val', type=int, default=250, help='validation images')
     parser.add_argument('--size', type=int, default=96, help='image side in pixels')
-    parser.add_argument('--seed', type=int, default=0, help='seed of all choices')
+    parser.add_argument(
+        '--seed', type=int, default=0, help='seed of all random choices'
+    )
     parser.add_argument(
         '--preview', metavar='FILE', help='also draw validation images to FILE'
     )

@@ -22,12 +22,17 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--out', default='data/scenes', help='folder to write')
     parser.add_argument(
-        '--items', metavar='DIR', default='data/fashion', help='made by make_fashion'
+        '--items',
+        metavar='DIR',
+        default='data/fashion',
+        help='folder written by make_fashion',
     )
     parser.add_argument('--num-train', type=int, default=4000, help='training images')
     parser.add_argument('--num-val', type=int, default=1000, help='validation images')
     parser.add_argument('--size', type=int, default=160, help='image side in pixels')
-    parser.add_argument('--seed', type=int, default=0, help='seed of all choices')
+    parser.add_argument(
+        '--seed', type=int, default=0, help='seed of all random choices'
+    )
     parser.add_argument(
         '--preview', metavar='FILE', help='also draw validation images to FILE'
     )

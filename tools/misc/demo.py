@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--seed', type=int, default=0, help='of the training runs')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the training runs')
     parser.add_argument('--out', type=Path, default=WORK_DIR / 'result.json')
     args = parser.parse_args()
     try:

@@ -66,7 +66,7 @@ def read_features(
         with torch.no_grad():
             data = model.data_preprocessor(batch)
             find_backbone(model)[1](data['inputs'])
-        boxes, found = _objects(data['data_samples'])
+        boxes, found = objects_of(data['data_samples'])
         for name, map_ in maps.items():
             if boxes is None:
                 vectors = map_.mean((2, 3))
@@ -85,7 +85,7 @@ def read_features(
     return joined, torch.cat(labels), torch.cat(images)
 
 
-def _objects(samples: Sequence) -> tuple[list[Tensor] | None, list[Tensor]]:
+def objects_of(samples: Sequence) -> tuple[list[Tensor] | None, list[Tensor]]:
     """Boxes in pixels of the network's input, None without any; labels; by image."""
     if 'gt_label' in samples[0]:
         return None, [sample.gt_label for sample in samples]

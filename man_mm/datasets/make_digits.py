@@ -38,13 +38,14 @@ LICENSES = [
 ]
 
 
-def _load_photos(split):
+def load_photos(split):
+    """Return the photographs of a split by name."""
     folder = resources.files('skimage') / 'data'
     names = PHOTOS[split].split()
     return {name: Image.open(folder / name).convert('RGB') for name in names}
 
 
-def _split_samples(target):
+def split_samples(target):
     """Return, for each split, the sample numbers of the digits 0 to 9."""
     order = np.random.default_rng(0).permutation(len(target))  # same for any seed
     cut = int(TRAIN_SHARE * len(order))
@@ -52,7 +53,8 @@ def _split_samples(target):
     return {k: [v[target[v] == d] for d in range(10)] for k, v in parts.items()}
 
 
-def _crop_photo(rng, photos, size):
+def crop_photo(rng, photos, size):
+    """Return the name and the pixels (size, size, 3) of a background."""
     name = list(photos)[rng.integers(len(photos))]
     photo = photos[name]
     side = int(np.exp(rng.uniform(np.log(MIN_CROP), np.log(min(photo.size)))))
@@ -61,7 +63,7 @@ def _crop_photo(rng, photos, size):
     return name, DIM * np.asarray(crop, float)[:, :: rng.choice((-1, 1))]
 
 
-def _draw_digit(pixels, side, turn):
+def draw_digit(pixels, side, turn):
     """Return the opacity, 0 to 1, cut to the box around the strokes."""
     # Two empty pixels all round leave room for the corners to turn.
     field = Image.fromarray((np.pad(pixels, 2) * 255 / 16).astype(np.uint8))
@@ -91,8 +93,9 @@ def _is_free(box, notes):
     return ((high - low).clip(0).prod(1) <= MAX_OVERLAP * least).all()
 
 
-def _make_scene(rng, photos, samples, pools, classes, size):
-    name, canvas = _crop_photo(rng, photos, size)
+def make_scene(rng, photos, samples, pools, classes, size):
+    """Return pixels, the name of the photograph and the annotations."""
+    name, canvas = crop_photo(rng, photos, size)
     inked, notes = np.zeros((size, size), bool), []
     low, high = np.log(SIDES) + np.log(size)
     sides = np.exp(rng.uniform(low, high, rng.integers(COUNTS[0], COUNTS[1] + 1)))
@@ -102,7 +105,7 @@ def _make_scene(rng, photos, samples, pools, classes, size):
         for trial in range(300):
             if trial % 30 == 0:  # no room: shrink a little, to the least side
                 scale = max(side * 0.85 ** (trial // 30), np.exp(low))
-                alpha = _draw_digit(samples[sample], scale, turn)
+                alpha = draw_digit(samples[sample], scale, turn)
                 h, w = alpha.shape
             x, y = int(rng.integers(size - w + 1)), int(rng.integers(size - h + 1))
             area, ink = np.s_[y : y + h, x : x + w], alpha > 0
@@ -120,8 +123,8 @@ def _make_scene(rng, photos, samples, pools, classes, size):
 
 
 def _write_split(out, split, count, size, seed):
-    digits, photos = load_digits(), _load_photos(split)
-    pools = _split_samples(digits.target)[split]
+    digits, photos = load_digits(), load_photos(split)
+    pools = split_samples(digits.target)[split]
     key = (seed, list(PHOTOS).index(split))
     # Shuffled runs of the ten digits keep even a tiny data set balanced.
     decks = np.tile(np.arange(10), (count, 1))
@@ -134,7 +137,7 @@ def _write_split(out, split, count, size, seed):
 
     def make(number):
         rng = np.random.default_rng((*key, number))
-        pixels, name, notes = _make_scene(
+        pixels, name, notes = make_scene(
             rng, photos, digits.images, pools, classes, size
         )
         return pixels, {'photo': name}, notes

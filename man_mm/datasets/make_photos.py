@@ -199,7 +199,8 @@ def _load_picture(picture, file):
     return image
 
 
-def _write_picture(out, picture, file, scales):
+def write_picture(out, picture, file, scales):
+    """Write the tiles of a picture at full size and reduced by each scale."""
     full = _load_picture(picture, file)
     versions = {1: full}
     for scale in scales:  # of the whole picture, so that tiles have no borders
@@ -299,7 +300,7 @@ def make_photos(
     print(f'Making {out}: {reason}')
     _clear(out)
     for picture, file in track(list(zip(pictures, files, strict=True)), 'pictures'):
-        _write_picture(out, picture, file, settings['scales'])
+        write_picture(out, picture, file, settings['scales'])
     tiles = sorted(n for n in _names(settings) if n.startswith('DIV2K_train_HR_sub/'))
     lines = [f'{Path(name).name} ({TILE},{TILE},3)\n' for name in tiles]
     (out / TILE_LIST).write_text(''.join(lines), 'utf-8')

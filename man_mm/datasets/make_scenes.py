@@ -66,7 +66,8 @@ LICENSES = [
 ]
 
 
-def _load_photos(split):
+def load_photos(split):
+    """Return the photographs of a split by name."""
     photos = {}
     for package, names in PHOTOS[split].items():
         folder = resources.files(package) / FOLDERS[package]
@@ -75,7 +76,7 @@ def _load_photos(split):
     return photos
 
 
-def _load_items(folder, split):
+def load_items(folder, split):
     """Return the images (N, 28, 28) and the labels (N,) of the items of a split."""
     parts = []
     for kind, rank in (('images-idx3', 3), ('labels-idx1', 1)):
@@ -103,7 +104,7 @@ def _digest(parts):
     return hashlib.sha256(b''.join(part.tobytes() for part in parts)).hexdigest()
 
 
-def _crop_photo(rng, photos, size):
+def crop_photo(rng, photos, size):
     """Return the name and the pixels (size, size, 3) of a background."""
     name = list(photos)[rng.integers(len(photos))]
     photo = photos[name]
@@ -124,7 +125,7 @@ def _cut_out(image):
     return grey, gaussian_filter(opacity, 0.6).astype(np.uint8)
 
 
-def _draw_item(image, root_area, turn, size):
+def draw_item(image, root_area, turn, size):
     """Return grey values and opacity, 0 to 1, cut to the box of the item.
 
     `root_area` is reached unless the item would be longer than the image or LEAST.
@@ -167,12 +168,12 @@ def _hides_too_much(top, ink, visible, areas):
     return (visible - hidden < MIN_VISIBLE * areas)[1:].any()
 
 
-def _make_scene(rng, photos, items, numbers, size):
+def make_scene(rng, photos, items, numbers, size):
     """Return pixels, the name of the photograph and the annotations.
 
     `numbers` is an iterator over the items (images, labels) to take.
     """
-    name, canvas = _crop_photo(rng, photos, size)
+    name, canvas = crop_photo(rng, photos, size)
     roots = [
         rng.uniform(*np.log(limits), rng.choice(counts)) for counts, limits in SIZES
     ]
@@ -185,7 +186,7 @@ def _make_scene(rng, photos, items, numbers, size):
         number = int(next(numbers))
         image = items[0][number][:, :: rng.choice((-1, 1))]
         turn = rng.uniform(-MAX_TURN, MAX_TURN)
-        grey, alpha = _draw_item(image, root, turn, size)
+        grey, alpha = draw_item(image, root, turn, size)
         ink, (h, w) = alpha > 0.5, alpha.shape
         for _ in range(TRIALS):
             x, y = int(rng.integers(size - w + 1)), int(rng.integers(size - h + 1))
@@ -218,7 +219,7 @@ def _make_scene(rng, photos, items, numbers, size):
 
 
 def _write_split(out, split, count, items, size, seed):
-    photos = _load_photos(split)
+    photos = load_photos(split)
     key = (seed, list(PHOTOS).index(split))
     header = {
         'info': {'description': f'{RECIPE}, {split}'},
@@ -232,7 +233,7 @@ def _write_split(out, split, count, items, size, seed):
 
     def make(number):
         rng = np.random.default_rng((*key, number))
-        pixels, name, notes = _make_scene(rng, photos, items, numbers, size)
+        pixels, name, notes = make_scene(rng, photos, items, numbers, size)
         return pixels, {'photo': name}, notes
 
     images = track(range(1, count + 1), f'{split} images')
@@ -277,7 +278,7 @@ def make_scenes(
     settings = {'recipe': RECIPE, 'num_train': num_train, 'num_val': num_val}
     settings.update(size=size, seed=seed)
     check_least(settings, {'num_train': 1, 'num_val': 1, 'size': 64, 'seed': 0})
-    splits = {split: _load_items(items, split) for split in PHOTOS}
+    splits = {split: load_items(items, split) for split in PHOTOS}
     settings['items'] = {split: _digest(parts) for split, parts in splits.items()}
     return make_once(
         out,

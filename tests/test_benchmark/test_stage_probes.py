@@ -101,5 +101,5 @@ def test_classifiers_are_built_as_their_runner_does():
     cfg = tool.load_config(DETECTOR)
     own = cfg.model.data_preprocessor
     assert tool.whole_model(cfg)['data_preprocessor'] == own
-    boxes, labels = tool._objects([DataSample().set_gt_label(3)])
+    boxes, labels = tool.objects_of([DataSample().set_gt_label(3)])
     assert boxes is None and [x.tolist() for x in labels] == [[3]]

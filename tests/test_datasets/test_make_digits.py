@@ -78,23 +78,23 @@ def test_splits_share_no_digit_and_no_photograph(made):
         seen = [{row[key] for row in coco.dataset[table]} for coco in (train, val)]
         assert seen[0] and seen[1] and not seen[0] & seen[1]
     # The pools behind them, whatever this small set happened to use.
-    pools = tool._split_samples(load_digits().target)
+    pools = tool.split_samples(load_digits().target)
     parts = [set(np.concatenate(pools[split])) for split in ('train', 'val')]
     assert not parts[0] & parts[1]
     assert len(parts[0] | parts[1]) == 1797
     assert not set(tool.PHOTOS['train'].split()) & set(tool.PHOTOS['val'].split())
 
 
-PHOTOS = tool._load_photos('val')
+PHOTOS = tool.load_photos('val')
 DIGITS = load_digits()
-POOLS = tool._split_samples(DIGITS.target)['val']
+POOLS = tool.split_samples(DIGITS.target)['val']
 
 
 def compose(seed, size):
     """Return the background of a scene, the scene and its annotations."""
-    background = tool._crop_photo(np.random.default_rng(seed), PHOTOS, size)[1]
+    background = tool.crop_photo(np.random.default_rng(seed), PHOTOS, size)[1]
     classes = iter(np.random.default_rng(seed).permutation(10))
-    pixels, _, notes = tool._make_scene(
+    pixels, _, notes = tool.make_scene(
         np.random.default_rng(seed), PHOTOS, DIGITS.images, POOLS, classes, size
     )
     return np.rint(background.clip(0, 255)), pixels, notes
@@ -135,7 +135,7 @@ def end(box):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 1796), st.floats(6, 100), st.floats(-15, 15))
 def test_a_digit_is_cut_tight_and_stays_whole(sample, side, turn):
-    alpha = tool._draw_digit(DIGITS.images[sample], side, turn)
+    alpha = tool.draw_digit(DIGITS.images[sample], side, turn)
     ink = alpha > 0
     assert alpha.min() >= 0 and 0.9 < alpha.max() <= 1
     assert ink[0].any() and ink[-1].any() and ink[:, 0].any() and ink[:, -1].any()
@@ -173,7 +173,7 @@ def test_an_interrupted_run_is_redone(tmp_path, monkeypatch, capsys, had_one_bef
     out, whole = tmp_path / 'out', tool.make_digits(tmp_path / 'whole', 3, 2, 64)
     if had_one_before:
         tool.make_digits(out, 3, 2, 64, seed=9)
-    scene, calls = tool._make_scene, []
+    scene, calls = tool.make_scene, []
 
     def stop_at_fourth(*args):
         calls.append(1)
@@ -182,7 +182,7 @@ def test_an_interrupted_run_is_redone(tmp_path, monkeypatch, capsys, had_one_bef
         return scene(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tool, '_make_scene', stop_at_fourth)
+        patch.setattr(tool, 'make_scene', stop_at_fourth)
         tool.make_digits(out, 3, 2, 64)
     assert not (out / 'dataset.json').exists()
     tool.make_digits(out, 3, 2, 64)

@@ -203,7 +203,7 @@ def test_an_interrupted_run_is_redone(
     out, whole = tmp_path / 'out', make(tmp_path / 'whole', own)
     if had_one_before:
         make(out, own, scales=[3])
-    write = tool._write_picture
+    write = tool.write_picture
 
     def stop_at_second(folder, picture, *args):
         if picture['number'] == 2:
@@ -211,7 +211,7 @@ def test_an_interrupted_run_is_redone(
         write(folder, picture, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tool, '_write_picture', stop_at_second)
+        patch.setattr(tool, 'write_picture', stop_at_second)
         make(out, own)
     assert (out / HR / '0001_s001.png').exists()
     assert not (out / 'dataset.json').exists()

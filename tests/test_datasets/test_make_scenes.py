@@ -76,7 +76,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(items, made, tmp_path):
 def test_splits_share_no_item_and_no_photograph(items, made):
     sets = []
     for split in ('train', 'val'):
-        coco, (images, labels) = load(made, split), tool._load_items(items, split)
+        coco, (images, labels) = load(made, split), tool.load_items(items, split)
         notes = coco.anns.values()
         assert all(labels[x['item']] + 1 == x['category_id'] for x in notes)
         used = [x['item'] for x in notes]
@@ -86,7 +86,7 @@ def test_splits_share_no_item_and_no_photograph(items, made):
         sets.append(({images[x].tobytes() for x in used}, photos))
     for train, val in zip(*sets, strict=True):
         assert train and val and not train & val
-    (images, _), known = tool._load_items(items, 'train'), sets[0][0]
+    (images, _), known = tool.load_items(items, 'train'), sets[0][0]
     assert known & {x.tobytes() for x in images}  # control: bytes do tell
 
 
@@ -137,7 +137,7 @@ def test_every_range_of_areas_is_populated(made):
     assert ranges.stats[5] == -1
 
 
-PHOTOS = tool._load_photos('val')
+PHOTOS = tool.load_photos('val')
 DIGITS = load_digits()
 ITEMS = (
     [
@@ -151,8 +151,8 @@ ITEMS = (
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([64, 128, 200]))
 def test_boxes_areas_and_shares_fit_the_masks(seed, size):
-    background = tool._crop_photo(np.random.default_rng(seed), PHOTOS, size)[1]
-    pixels, name, notes = tool._make_scene(
+    background = tool.crop_photo(np.random.default_rng(seed), PHOTOS, size)[1]
+    pixels, name, notes = tool.make_scene(
         np.random.default_rng(seed), PHOTOS, ITEMS, iter(range(200)), size
     )
     assert pixels.shape == (size, size, 3) and name in PHOTOS
@@ -179,7 +179,7 @@ def test_boxes_areas_and_shares_fit_the_masks(seed, size):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 199), st.floats(8, 128), st.floats(-30, 30))
 def test_an_item_has_the_area_that_was_asked_for(sample, root, turn):
-    grey, alpha = tool._draw_item(ITEMS[0][sample], root, turn, 160)
+    grey, alpha = tool.draw_item(ITEMS[0][sample], root, turn, 160)
     ink = alpha > 0.5
     assert grey.shape == alpha.shape and max(ink.shape) <= 160
     for line in (ink[0], ink[-1], ink[:, 0], ink[:, -1]):
@@ -193,7 +193,7 @@ def test_an_item_of_thin_lines_does_not_vanish():
     image = np.zeros((28, 28), np.uint8)
     image[14, 4:24] = 200
     for root, size in ((3.2, 64), (8, 160)):
-        ink = tool._draw_item(image, root, 20, size)[1] > 0.5
+        ink = tool.draw_item(image, root, 20, size)[1] > 0.5
         assert tool.LEAST <= ink.sum() < 100
 
 

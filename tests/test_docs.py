@@ -29,17 +29,17 @@ PAGE = 'page'  # name of the module that a page is run as
 @pytest.fixture
 def tidy():
     """Removes what pages register, and keeps the random state."""
-    from man_mm.backbones.base import _ADAPTERS
+    from man_mm.backbones.base import ADAPTERS
 
-    adapters = dict(_ADAPTERS)
+    adapters = dict(ADAPTERS)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
     for name, component in list(root.MODELS.module_dict.items()):
         if component.__module__ == PAGE:
             del root.MODELS.module_dict[name]
-    _ADAPTERS.clear()
-    _ADAPTERS.update(adapters)
+    ADAPTERS.clear()
+    ADAPTERS.update(adapters)
 
 
 def run_python(text, folder, namespace=None):

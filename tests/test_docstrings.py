@@ -45,15 +45,15 @@ def run(test):
 @pytest.fixture
 def surroundings():
     """What examples may change: backbone adapters, random numbers."""
-    from man_mm.backbones.base import _ADAPTERS
+    from man_mm.backbones.base import ADAPTERS
 
-    adapters = dict(_ADAPTERS)
+    adapters = dict(ADAPTERS)
     MMLogger.get_current_instance()  # logs to the real output, not to an example's
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
-    _ADAPTERS.clear()
-    _ADAPTERS.update(adapters)
+    ADAPTERS.clear()
+    ADAPTERS.update(adapters)
 
 
 @pytest.mark.parametrize('test', EXAMPLES, ids=lambda test: test.name)

@@ -17,7 +17,7 @@ from .images import black_image, evaluating, largest_window
 
 UnitsFn = Callable[[nn.Module], list[Unit]]
 
-_ADAPTERS: dict[str, UnitsFn] = {}
+ADAPTERS: dict[str, UnitsFn] = {}  # by the name of a backbone class
 _SIZE = 64  # pixels of the image with which a network is probed
 _SIZES = (_SIZE, 224, 299)  # for networks without an adapter, which may want more
 _STRIDE = 32  # of the coarsest map of any family
@@ -64,7 +64,7 @@ def register_units(*class_names: str) -> Callable[[UnitsFn], UnitsFn]:
     """
 
     def register(fn: UnitsFn) -> UnitsFn:
-        _ADAPTERS.update(dict.fromkeys(class_names, fn))
+        ADAPTERS.update(dict.fromkeys(class_names, fn))
         return fn
 
     return register
@@ -94,7 +94,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     """
     supported = (
         'Supported backbones: those in which one map (N, C, H, W) is handed on from '
-        f'block to block, and by adapters {", ".join(sorted(_ADAPTERS))}.'
+        f'block to block, and by adapters {", ".join(sorted(ADAPTERS))}.'
     )
     try:
         place, backbone = find_backbone(model)
@@ -107,7 +107,7 @@ def find_units(model: nn.Module) -> list[Unit]:
             f'model.{place} is a {name}, which runs on several paths and cannot be cut '
             f'into modules. {supported}'
         )
-    adapter = next((_ADAPTERS[base] for base in bases if base in _ADAPTERS), None)
+    adapter = next((ADAPTERS[base] for base in bases if base in ADAPTERS), None)
     if adapter is None and place == 'backbone':
         adapter = _discover
     units = adapter(backbone) if adapter else []

@@ -233,7 +233,7 @@ def test_the_probe_leaves_a_stock_model_as_it_was(frozen):
 
 
 def test_a_family_can_be_added(monkeypatch):
-    monkeypatch.setattr(base_file, '_ADAPTERS', dict(base_file._ADAPTERS))
+    monkeypatch.setattr(base_file, 'ADAPTERS', dict(base_file.ADAPTERS))
 
     class Chain(nn.Sequential):
         pass

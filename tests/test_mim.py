@@ -100,7 +100,10 @@ def test_train_then_test_with_the_stock_config(digits, tmp_path):
 
 
 def test_two_processes_on_a_cpu_and_mixed_precision(digits, tmp_path):
-    """``--launcher pytorch`` and ``--amp``, as on a machine with GPUs."""
+    """``--launcher pytorch`` and ``--amp``, as on a machine with GPUs.
+
+    On CPUs mmdet's own script selects a GPU; that of this package does not.
+    """
     output = mim(
         'train', DEMO.format('man', 'man_'), tmp_path,
         *data_options(digits),
@@ -111,6 +114,7 @@ def test_two_processes_on_a_cpu_and_mixed_precision(digits, tmp_path):
         'train_dataloader.batch_size=2',
         'model.test_cfg.score_thr=0',  # hardly trained, it still predicts something
         args=['--launcher', 'pytorch', '--amp'],
+        package='man_mm',
         gpus=2,
     )  # fmt: skip
     assert 'Distributed training: True' in output
@@ -123,15 +127,17 @@ def test_two_processes_on_a_cpu_and_mixed_precision(digits, tmp_path):
 
 
 def test_stock_config_by_options_alone(digits, tmp_path):
-    """The command of the README, on small images under COCO's class names."""
+    """The command of the README, on small images under COCO's class names.
+
+    It resumes with mmengine's hooks alone.
+    """
     names = 'person bicycle car motorcycle airplane bus train truck boat bench'.split()
     for path in (digits / 'annotations').glob('*.json'):
         coco = json.loads(path.read_text())
         for category, name in zip(coco['categories'], names, strict=True):
             category['name'] = name
         path.write_text(json.dumps(coco))
-    mim(
-        'train', 'retinanet_r50_fpn_1x_coco.py', tmp_path / 'run',
+    options = [
         'optim_wrapper.type=man_mm.LocalLearningOptimWrapper',
         'optim_wrapper.constructor=man_mm.LocalLearningOptimWrapperConstructor',
         'default_hooks.memory_bank.type=man_mm.MemoryBankHook',
@@ -140,12 +146,17 @@ def test_stock_config_by_options_alone(digits, tmp_path):
         'train_dataloader.dataset.pipeline.2.scale=(64,64)',
         'val_dataloader.dataset.pipeline.1.scale=(64,64)',
         'val_dataloader.dataset.indices=1',
-        'train_cfg.max_epochs=1',
         'model.backbone.init_cfg=None',
         'default_hooks.logger.interval=1',
-    )  # fmt: skip
-    row = [row for row in scalars(tmp_path / 'run') if 'loss' in row][-1]
-    assert {'module1/loss', 'module2/loss'} <= row.keys()
+    ]
+    for epoch, args in ((1, []), (2, ['--resume'])):
+        output = mim(
+            'train', 'retinanet_r50_fpn_1x_coco.py', tmp_path / 'run', *options,
+            f'train_cfg.max_epochs={epoch}', args=args,
+        )  # fmt: skip
+        row = [row for row in scalars(tmp_path / 'run') if 'loss' in row][-1]
+        assert {'module1/loss', 'module2/loss'} <= row.keys()
+        assert ('resumed epoch: 1, iter: 1' in output) == (epoch == 2)
 
 
 def test_super_resolution_with_mmagic(tmp_path):

@@ -4,7 +4,9 @@ custom_imports = dict(imports=['man_mm'], allow_failed_imports=False)
 
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(by_epoch=False, interval=300, max_keep_ckpts=1),
+    checkpoint=dict(
+        type='SafeCheckpointHook', by_epoch=False, interval=300, max_keep_ckpts=1
+    ),
     resume=dict(type='ResumeHook'),
 )
 log_processor = dict(by_epoch=False, window_size=20)

@@ -11,3 +11,7 @@ optim_wrapper = dict(
     constructor='LocalLearningOptimWrapperConstructor',
     local_learning=dict(aux_head=dict(type='DGLDetHead')),
 )
+default_hooks = dict(
+    resume=dict(type='ResumeHook'),
+    checkpoint=dict(type='SafeCheckpointHook'),
+)

@@ -30,5 +30,6 @@ param_scheduler = dict(type='CosineAnnealingLR', convert_to_iter_based=True)
 auto_scale_lr = dict(base_batch_size=1024)
 
 default_hooks = dict(
-    checkpoint=dict(interval=10, max_keep_ckpts=1), resume=dict(type='ResumeHook')
+    checkpoint=dict(type='SafeCheckpointHook', interval=10, max_keep_ckpts=1),
+    resume=dict(type='ResumeHook'),
 )

@@ -63,7 +63,7 @@ param_scheduler = dict(type='CosineAnnealingLR', convert_to_iter_based=True)
 
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(interval=1, max_keep_ckpts=1),
+    checkpoint=dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=1),
     resume=dict(type='ResumeHook'),
 )
 randomness = dict(seed=0)

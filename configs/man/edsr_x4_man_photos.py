@@ -9,4 +9,8 @@ optim_wrapper = dict(
     constructor='LocalLearningOptimWrapperConstructor',
     optimizer=dict(lr=4e-3),  # its best of 1e-3, 2e-3, 4e-3
 )
-default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))
+default_hooks = dict(
+    memory_bank=dict(type='MemoryBankHook'),
+    resume=dict(type='ResumeHook'),
+    checkpoint=dict(type='SafeCheckpointHook'),
+)

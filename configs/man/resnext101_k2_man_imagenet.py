@@ -5,4 +5,8 @@ optim_wrapper = dict(
     constructor='LocalLearningOptimWrapperConstructor',
     local_learning=dict(partition=dict(type='CutPartition', cuts=['backbone.layer2'])),
 )
-default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))
+default_hooks = dict(
+    memory_bank=dict(type='MemoryBankHook'),
+    resume=dict(type='ResumeHook'),
+    checkpoint=dict(type='SafeCheckpointHook'),
+)

@@ -4,4 +4,8 @@ optim_wrapper = dict(
     type='LocalLearningOptimWrapper',
     constructor='LocalLearningOptimWrapperConstructor',
 )
-default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))
+default_hooks = dict(
+    memory_bank=dict(type='MemoryBankHook'),
+    resume=dict(type='ResumeHook'),
+    checkpoint=dict(type='SafeCheckpointHook'),
+)

@@ -16,4 +16,8 @@ optim_wrapper = dict(
         aux_lr_mult=6.0,
     ),
 )
-default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))
+default_hooks = dict(
+    memory_bank=dict(type='MemoryBankHook'),
+    resume=dict(type='ResumeHook'),
+    checkpoint=dict(type='SafeCheckpointHook'),
+)

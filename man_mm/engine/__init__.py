@@ -14,7 +14,6 @@ from .optim_wrapper import LocalLearningOptimWrapper
 for _partition in (StagePartition, UniformPartition, CutPartition, BalancedPartition):
     root.TASK_UTILS.register_module(module=_partition)
 compat.allow_safe_loading()
-compat.allow_cpu_ranks()
 
 __all__ = [
     'AmpLocalLearningOptimWrapper',

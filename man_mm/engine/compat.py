@@ -1,16 +1,12 @@
-"""What mmengine 0.10 needs with recent torch."""
+"""What mmengine 0.10 needs with recent torch, the one global change of this package."""
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.device import get_device
-from mmengine.dist import utils as dist_utils
 from mmengine.logging import HistoryBuffer
-from mmengine.model import MMDistributedDataParallel
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.utils import digit_version
 
@@ -38,28 +34,6 @@ def allow_safe_loading() -> None:
             (_method, 'builtins.getattr'),
         ]
     )
-
-
-def allow_cpu_ranks() -> None:
-    """Lets ``--launcher pytorch`` start on machines without an accelerator, over gloo.
-
-    mmengine selects a GPU for each rank without asking whether there is one.
-    """
-    if get_device() != 'cpu' or hasattr(dist_utils._init_dist_pytorch, '__wrapped__'):
-        return
-
-    @wraps(dist_utils._init_dist_pytorch)
-    def init_dist(_backend: str, init_backend: str = 'torch', **kwargs: Any) -> None:
-        torch.distributed.init_process_group('gloo', **kwargs)
-
-    wrap = MMDistributedDataParallel.__init__
-
-    @wraps(wrap)
-    def init_wrapper(self, *args: Any, **kwargs: Any) -> None:
-        wrap(self, *args, **{**kwargs, 'device_ids': None})
-
-    dist_utils._init_dist_pytorch = init_dist
-    MMDistributedDataParallel.__init__ = init_wrapper
 
 
 def _method(owner: type, name: str) -> Any:

@@ -10,7 +10,6 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
 from man_mm.core import MemoryBank
-from man_mm.interruptions.resume_hook import ResumeHook
 
 from .checks import check_wrapper_type
 from .distributed import average_tensors
@@ -19,9 +18,6 @@ from .distributed import average_tensors
 @root.HOOKS.register_module()
 class MemoryBankHook(Hook):
     """Adds a `MemoryBank` to the run, keeps it equal on all ranks, logs its bytes.
-
-    It also brings in `ResumeHook`, with which a resumed run ends exactly where
-    an uninterrupted one does.
 
     Args:
         long_term: Whether the bank keeps long-term memory. Defaults to True.
@@ -46,10 +42,6 @@ class MemoryBankHook(Hook):
         learner = runner.optim_wrapper.learner
         if learner.heads:
             learner.bank = self.bank
-        if not any(isinstance(hook, ResumeHook) for hook in runner.hooks):
-            hook = ResumeHook()
-            runner.register_hook(hook)
-            hook.before_run(runner)  # it comes too late to be called by the runner
 
     def after_train_iter(
         self,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -145,5 +148,27 @@ def enable_tta(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Builds the runner, of the class that the config names if it names one."""
+    """Builds the runner, of the class that the config names if it names one.
+
+    On a machine without a GPU, processes of ``--launcher pytorch`` are started here.
+    """
+    if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
+        _start_cpu_ranks(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def _start_cpu_ranks(cfg: Config) -> None:
+    """Connects the processes over gloo, and lets none of them ask for a GPU.
+
+    mmengine selects a GPU for each process without asking whether there is one, unless
+    they are connected already.
+    """
+    seconds = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
+    torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
+    if cfg.get('model_wrapper_cfg') is None:
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+            device_ids=None,
+        )

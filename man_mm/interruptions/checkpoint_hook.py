@@ -8,64 +8,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine import dist
 from mmengine import registry as root
-from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
-from .files import ATOMIC_BACKEND, TEMPORARY, PatientBackend, write_atomically
+from .files import BACKEND, AtomicBackend
 
-_STATE = (
-    'last_ckpt',
-    'keep_ckpt_ids',
-    'best_ckpt_path',
-    'best_ckpt_path_dict',
-    '_resumable',
-    '_step',
-)
-
-
-def make_saving_safe(runner: Runner) -> None:
-    """Turns the runner's checkpoint hook into a `SafeCheckpointHook`.
-
-    Args:
-        runner: A runner that is about to train.
-    """
-    for hook in runner.hooks:
-        if type(hook) is CheckpointHook:
-            hook.__class__ = SafeCheckpointHook  # it adds behaviour, and no options
-        elif isinstance(hook, CheckpointHook) and not isinstance(
-            hook, SafeCheckpointHook
-        ):
-            MMLogger.get_current_instance().warning(
-                f'{type(hook).__name__} saves checkpoints in its own way: an '
-                'interruption can damage them. Derive it from SafeCheckpointHook.'
-            )
-
-
-def _best_checkpoints(hook: CheckpointHook) -> set[str]:
-    one, several = (
-        vars(hook).get(key) for key in ('best_ckpt_path', 'best_ckpt_path_dict')
-    )
-    return {one, *(several or {}).values()}
+_STATE = ('last_ckpt', 'keep_ckpt_ids', 'best_ckpt_path', 'best_ckpt_path_dict')
 
 
 @root.HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook``, safe against interruptions and full disks.
 
-    - Checkpoints and ``last_checkpoint`` are written to a temporary file, read back
-      and renamed. Older and previous best ones are removed after that.
-    - A save that fails, as on a full disk, is told as an error in the log. Training
-      goes on as long as there is an earlier checkpoint to resume from, and the next
-      save tries again. If the last save of a run failed, the run ends with an error.
+    - A checkpoint is written to a temporary file and renamed. Older ones and the
+      previous best one are removed after that.
+    - A save that fails, as on a full disk, is an error in the log. Training goes on as
+      long as there is an earlier checkpoint to resume from, and the next save tries
+      again. If the last save of a run failed, the run ends with an error.
     - What was saved just before a validation is saved again after it, so that a
-      resumed run knows its results; a validation that was cut off is repeated.
+      resumed run knows its results.
+    - Checkpoints hold data only, so that stock tools read them with the safe loading
+      of torch 2.6 and later. Histories of logged values, which are objects, are left
+      out: a resumed run starts their averages anew.
 
-    `ResumeHook` turns a plain ``CheckpointHook`` into this one. It takes the same
-    arguments. On other storage than local files, writing is left to its backend.
+    It takes the arguments of ``CheckpointHook``. On other storage than local files,
+    and with ``backend_args``, writing is left to that backend.
 
     Examples:
         >>> from mmengine.registry import HOOKS
@@ -75,30 +45,24 @@ class SafeCheckpointHook(CheckpointHook):
         'SafeCheckpointHook'
     """
 
-    _resumable: str | None = None  # the checkpoint to fall back on
     _failure: str | None = None  # of the latest save
-    _step: int | None = None  # of the latest save
+    _saved = False  # since the latest validation
 
     def before_train(self, runner: Runner) -> None:
-        """Prepares saving, and finishes a validation that was cut off."""
+        """Prepares saving."""
+        given = self.backend_args or self.file_client_args
+        if not given and '://' not in str(self.out_dir):
+            self.backend_args = dict(backend=BACKEND)
         super().before_train(runner)
-        self._resumable = runner._load_from if runner._resume else None
-        self._step = self._failure = None
-        if type(self.file_backend) is LocalBackend and not self.file_client_args:
-            self.backend_args = dict(backend=ATOMIC_BACKEND)
-            self.file_backend = PatientBackend()
-            if dist.is_main_process():
-                pattern = f'{self.filename_tmpl.format("*")}{TEMPORARY}'
-                for path in Path(self.out_dir).glob(f'*{pattern}'):
-                    path.unlink()
-        runner.call_hook('finish_validation')
+        self.last_ckpt = runner.message_hub.runtime_info.get('last_ckpt')
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         """Saves the best checkpoint, and again what the validation belongs to."""
         step = runner.epoch if self.by_epoch else runner.iter
-        again, self._step = self._step == step, None
+        name = self.filename_tmpl.format(step)
+        self._saved = Path(self.last_ckpt or '').name != name
         super().after_val_epoch(runner, metrics)
-        if again and self._step is None:
+        if not self._saved:
             meta = dict(epoch=runner.epoch, iter=runner.iter)
             self._save_checkpoint_with_step(runner, step, meta)
 
@@ -112,6 +76,25 @@ class SafeCheckpointHook(CheckpointHook):
         if self._failure is not None:
             raise OSError(f'The run is over, but its end is not saved. {self._failure}')
 
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Leaves out what is not data: resuming does not need it."""
+        hub = checkpoint['message_hub']
+        info = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in hub['runtime_info'].items()
+        }
+        keys = {key: value for key, value in hub['resumed_keys'].items() if key in info}
+        checkpoint['message_hub'] = dict(
+            log_scalars={}, runtime_info=info, resumed_keys=keys
+        )
+        schedulers = checkpoint.get('param_schedulers')
+        if isinstance(schedulers, list):
+            # Functions: loading a state leaves a scheduler's own in place.
+            checkpoint['param_schedulers'] = [
+                {key: value for key, value in state.items() if not callable(value)}
+                for state in schedulers
+            ]
+
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
         if not self.save_best:
             return
@@ -121,40 +104,9 @@ class SafeCheckpointHook(CheckpointHook):
     def _save_checkpoint_with_step(
         self, runner: Runner, step: int, meta: dict[str, Any]
     ) -> None:
-        name = self.filename_tmpl.format(step)
-        with self._all_or_nothing(runner, name):
-            old = self._count(runner, step)
-            self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
-            runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-            runner.save_checkpoint(
-                self.out_dir,
-                name,
-                self.file_client_args,
-                save_optimizer=self.save_optimizer,
-                save_param_scheduler=self.save_param_scheduler,
-                meta=meta,
-                by_epoch=self.by_epoch,
-                backend_args=self.backend_args,
-                **self.args,
-            )
-            if dist.is_main_process():
-                pointer = Path(runner.work_dir, 'last_checkpoint')
-                write_atomically(pointer, self.last_ckpt.encode(), is_checkpoint=False)
-                if old is not None and self.file_backend.isfile(old):
-                    self.file_backend.remove(old)
-            self._step, self._failure, self._resumable = step, None, self.last_ckpt
-
-    def _count(self, runner: Runner, step: int) -> str | None:
-        """Counts a checkpoint that is kept; returns the one that it replaces."""
-        if self.max_keep_ckpts <= 0 or step in list(self.keep_ckpt_ids)[-1:]:
-            return None
-        old = None
-        if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
-            name = self.filename_tmpl.format(self.keep_ckpt_ids[0])
-            old = self.file_backend.join_path(self.out_dir, name)
-        self.keep_ckpt_ids.append(step)
-        runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
-        return old
+        with self._all_or_nothing(runner, self.filename_tmpl.format(step)):
+            super()._save_checkpoint_with_step(runner, step, meta)
+            self._saved, self._failure = True, None
 
     @contextmanager
     def _all_or_nothing(self, runner: Runner, name: str) -> Iterator[None]:
@@ -163,9 +115,9 @@ class SafeCheckpointHook(CheckpointHook):
         Raises:
             OSError: If there is no earlier checkpoint.
         """
-        own = vars(self)
-        before = {key: copy.copy(own[key]) for key in _STATE if key in own}
-        info = dict(runner.message_hub.runtime_info)
+        own, info = vars(self), runner.message_hub.runtime_info
+        before = copy.deepcopy({key: own[key] for key in _STATE if key in own})
+        info_before = dict(info)
         runner.call_hook('gather_state')
         reason: list[str | None] = [None]
         try:
@@ -173,23 +125,20 @@ class SafeCheckpointHook(CheckpointHook):
         except OSError as error:
             reason = [error.strerror or str(error)]
         dist.broadcast_object_list(reason)
-        patient = isinstance(self.file_backend, PatientBackend)
+        if isinstance(self.file_backend, AtomicBackend):
+            self.file_backend.finish(remove=reason[0] is None)
         if reason[0] is None:
-            if patient and dist.is_main_process():
-                self.file_backend.remove_now(keep=_best_checkpoints(self))
             return
         own.update(before)
-        runner.message_hub.runtime_info.clear()
-        runner.message_hub.runtime_info.update(info)
-        if patient:
-            self.file_backend.spare()
+        info.clear()
+        info.update(info_before)
         self._failure = (
             f'{name} could not be saved in {self.out_dir}: {reason[0]}. Make room, or '
             'set default_hooks.checkpoint.out_dir to a folder that can be written.'
         )
-        if self._resumable is None:
+        if self.last_ckpt is None:
             raise OSError(self._failure)
         runner.logger.error(
             f'{self._failure} Training goes on, and the next save tries again; the '
-            f'last good checkpoint is {self._resumable}.'
+            f'last good checkpoint is {self.last_ckpt}.'
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ from mmengine import dist
 from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import Tensor
 
 KEY = 'man_mm'
-FORMAT = 1
+FORMAT = 2  # 1 held random states
 
 
 class CheckpointError(ValueError):
@@ -30,6 +29,7 @@ def choose_checkpoint(runner: Runner) -> None:
     For automatic resuming (``resume=True`` without ``load_from``) it sets
     ``load_from`` to the checkpoint that ``last_checkpoint`` names or, if that cannot
     be resumed, to the newest one that can. All ranks take what rank 0 finds.
+    Checkpoints on other storage than local files are left to mmengine.
 
     Args:
         runner: A runner that is about to load or resume.
@@ -38,39 +38,102 @@ def choose_checkpoint(runner: Runner) -> None:
         CheckpointError: If a named checkpoint cannot be used, or if there are
             checkpoints and none can be resumed.
     """
-    found: list[Any] = [runner._load_from, None]
+    named = runner._load_from
+    found: list[Any] = [named, None]
     if dist.is_main_process():
         try:
-            if runner._load_from is not None:
-                check_checkpoint(runner, runner._load_from)
-            elif runner._resume:
+            if named is None and runner._resume:
                 found[0] = _newest_good(runner)
+            elif named is not None and '://' not in str(named):
+                _check(runner, Path(named).expanduser(), runner._resume)
         except CheckpointError as error:
-            found[1] = str(error)
+            use = 'resumed' if runner._resume else 'loaded'
+            says = f'The checkpoint {named} cannot be {use}: it {error}.'
+            found[1] = str(error) if named is None else says
     dist.broadcast_object_list(found)
     runner._load_from, message = found
     if message is not None:
         raise CheckpointError(message)
 
 
-def check_checkpoint(runner: Runner, path: str) -> None:
-    """Checks that a file can be loaded, and resumed if the runner is to resume.
+def _newest_good(runner: Runner) -> str | None:
+    pointer, named = Path(runner.work_dir, 'last_checkpoint'), ''
+    with suppress(OSError, UnicodeDecodeError):
+        named = pointer.read_text().strip()
+    if '://' in named:
+        return None
+    skipped, candidates = [], _all_checkpoints(runner)
+    if named.isprintable() and named:
+        candidates = [
+            Path(named),
+            *(path for path in candidates if path != Path(named)),
+        ]
+    elif pointer.exists():
+        skipped = [f'{pointer} is empty or garbage, and names no checkpoint']
+    for path in candidates:
+        try:
+            _check(runner, path, resume=True)
+        except CheckpointError as error:
+            skipped.append(f'{path} {error}')
+            continue
+        for line in skipped:
+            runner.logger.warning(f'Not resumed: {line}.')
+        return str(path)
+    if not skipped:
+        return None
+    raise CheckpointError(
+        'No checkpoint can be resumed:\n  '
+        + '\n  '.join(skipped)
+        + '\nName another one with load_from, or remove these and '
+        f'{pointer} to start anew.'
+    )
 
-    Checkpoints on other storage than local files are left to mmengine.
 
-    Args:
-        runner: The runner.
-        path: The checkpoint.
+def _all_checkpoints(runner: Runner) -> list[Path]:
+    """What the run has saved, the newest first."""
+    found = set()
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook):
+            folders = [Path(runner.work_dir)]
+            if hook.out_dir and '://' not in str(hook.out_dir):
+                folders.append(Path(hook.out_dir, folders[0].name))
+            pattern = re.sub(r'{.*?}', '*', hook.filename_tmpl)
+            found.update(p.absolute() for f in folders for p in f.glob(pattern))
+    return sorted(found, key=_age, reverse=True)
 
-    Raises:
-        CheckpointError: If it cannot be used.
-    """
-    if '://' in str(path):
+
+def _age(path: Path) -> tuple[str, int]:
+    """When it was saved, as it says: the time of a file changes when it is copied."""
+    with suppress(Exception):  # damaged in any way: told when its turn comes
+        meta = torch.load(path, map_location='cpu', mmap=True)['meta']
+        return meta['time'], meta['iter']
+    return '', 0
+
+
+def _check(runner: Runner, path: Path, resume: bool) -> None:
+    """Raises unless a checkpoint can be loaded, and resumed if so wanted."""
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint, dict):
+        kind = type(checkpoint).__name__
+        raise CheckpointError(f'holds a {kind}, not the dictionary of a checkpoint')
+    if not resume:
         return
-    reason = _trouble(runner, Path(path).expanduser(), runner._resume)
-    if reason is not None:
-        use = 'resumed' if runner._resume else 'loaded'
-        raise CheckpointError(f'The checkpoint {path} cannot be {use}: it {reason}.')
+    format_ = checkpoint.get(KEY, {}).get('format', FORMAT)
+    if format_ > FORMAT:
+        raise CheckpointError(
+            f'was written by a newer man_mm (format {format_}, known is {FORMAT}): '
+            'update man_mm'
+        )
+    there = checkpoint.keys() | checkpoint.get('meta', {}).keys()
+    needed = ('meta', 'state_dict', 'message_hub', 'epoch', 'iter', 'optimizer')
+    lacks = [key for key in needed if key not in there]
+    if lacks:
+        raise CheckpointError(
+            f'has no {lacks[0]!r}, as weights alone or a published checkpoint: to '
+            'start from its weights, set load_from without resume'
+        )
+    _check_weights(runner, checkpoint['state_dict'])
+    _check_optimizer(runner, checkpoint['optimizer'])
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -87,154 +150,44 @@ def read_checkpoint(path: Path) -> Any:
             or holds more than data.
     """
     try:
-        if not path.exists():
-            raise CheckpointError('does not exist')
-        if path.is_dir():
-            raise CheckpointError('is a folder, not a file')
-        _check_archive(path)
+        with open(path, 'rb') as file:
+            start = file.read(4)
+        if not start:
+            raise CheckpointError('is empty, as after a full disk or a power cut')
+        if start != b'PK\x03\x04':
+            raise CheckpointError('is not a file of torch.save (1.6 or later)')
+        with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
+            broken = archive.testzip()
+        if broken is not None:
+            raise CheckpointError(f'is damaged (the checksum of {broken} is wrong)')
         return torch.load(path, map_location='cpu', mmap=True)
     except OSError as error:
         raise CheckpointError(f'cannot be read ({error.strerror})') from error
+    except zipfile.BadZipFile as error:
+        raise CheckpointError('is cut off: it was written only in part') from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             'holds code, or objects that torch does not load safely '
             f'({_first_line(error)})'
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f'is damaged ({_first_line(error)})') from error
-
-
-def _check_archive(path: Path) -> None:
-    """Compares checksums, which torch does not."""
-    with open(path, 'rb') as file:
-        start = file.read(4)
-    if not start:
-        raise CheckpointError('is empty, as after a full disk or a power cut')
-    if start != b'PK\x03\x04':
-        raise CheckpointError('is not a file of torch.save (1.6 or later)')
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError('is cut off: it was written only in part')
-    with zipfile.ZipFile(path) as archive:
-        if not any(name.endswith('/data.pkl') for name in archive.namelist()):
-            raise CheckpointError('is a zip archive, but not one of torch.save')
-        broken = archive.testzip()
-    if broken is not None:
-        raise CheckpointError(f'is damaged (the checksum of {broken} is wrong)')
-
-
-def _newest_good(runner: Runner) -> str | None:
-    pointer = Path(runner.work_dir, 'last_checkpoint')
-    skipped = []
-    for path in _candidates(runner, pointer):
-        reason = _trouble(runner, path, resume=True)
-        if reason is None:
-            for line in skipped:
-                runner.logger.warning(f'Not resumed: {line}.')
-            return str(path)
-        skipped.append(f'{path} {reason}')
-    if not skipped:
-        return None
-    raise CheckpointError(
-        'No checkpoint can be resumed:\n  '
-        + '\n  '.join(skipped)
-        + '\nName another one with load_from, or remove these and '
-        f'{pointer} to start anew.'
-    )
-
-
-def _candidates(runner: Runner, pointer: Path) -> Iterator[Path]:
-    """What last_checkpoint names, then all others, the newest first."""
-    folders, named = [Path(runner.work_dir)], None
-    with suppress(OSError, UnicodeDecodeError):
-        text = pointer.read_text().strip()
-        if '://' in text:  # other storage, which mmengine reads
-            return
-        if text and text.isprintable():
-            named = Path(text)
-            folders += [named.parent] if named.is_absolute() else []
-    if pointer.exists():
-        yield named or pointer
-    hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
-    for hook in hooks:
-        if hook.out_dir and '://' not in str(hook.out_dir):
-            folders.append(Path(hook.out_dir, Path(runner.work_dir).name))
-    others = {
-        path.absolute()
-        for folder in folders
-        for hook in hooks
-        for path in folder.glob(hook.filename_tmpl.format('*'))
-    }
-    yield from sorted(others - {named}, key=_age, reverse=True)
-
-
-def _age(path: Path) -> tuple[str, int, int]:
-    """Orders checkpoints by when they were written, and this by what they say.
-
-    The time of the file changes when a folder is copied.
-    """
-    try:
-        meta = torch.load(path, map_location='cpu', mmap=True)['meta']
-        return meta['time'], meta['iter'], 0
-    except Exception:  # damaged in any way: last, and told why when its turn comes
-        return '', 0, path.stat().st_mtime_ns
-
-
-def _trouble(runner: Runner, path: Path, resume: bool) -> str | None:
-    """Why a checkpoint cannot be used, or None."""
-    if path.name == 'last_checkpoint':
-        return 'is empty or garbage, and names no checkpoint'
-    try:
-        checkpoint = read_checkpoint(path)
-        if not isinstance(checkpoint, dict):
-            kind = type(checkpoint).__name__
-            return f'holds a {kind}, not the dictionary of a checkpoint'
-        if resume:
-            _check_content(runner, checkpoint)
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def _check_content(runner: Runner, checkpoint: dict[str, Any]) -> None:
-    """Raises unless this run can go on from the checkpoint."""
-    format_ = checkpoint.get(KEY, {}).get('format', FORMAT)
-    if format_ != FORMAT:
+    except (RuntimeError, EOFError) as error:
         raise CheckpointError(
-            f'was written by a newer man_mm (format {format_}, known is {FORMAT}): '
-            'update man_mm'
-        )
-    instead = 'to start from its weights, set load_from without resume'
-    lacks = [k for k in ('meta', 'state_dict', 'message_hub') if k not in checkpoint]
-    if lacks:
-        raise CheckpointError(f'is not of a training run (no {lacks[0]!r}): {instead}')
-    meta = checkpoint['meta']
-    if not all(isinstance(meta.get(key), int) for key in ('epoch', 'iter')):
-        raise CheckpointError("does not say how far it is (meta['epoch'] and ['iter'])")
-    if 'optimizer' not in checkpoint:
-        raise CheckpointError(
-            'has no optimizer, as a best or published checkpoint, or one of '
-            f'save_optimizer=False: {instead}'
-        )
-    _check_weights(runner, checkpoint['state_dict'])
-    _check_optimizer(runner, checkpoint['optimizer'])
+            f'is not a file of torch.save ({_first_line(error)})'
+        ) from error
 
 
-def _check_weights(runner: Runner, saved: dict[str, Tensor]) -> None:
+def _check_weights(runner: Runner, saved: dict[str, torch.Tensor]) -> None:
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     own = {key: value.shape for key, value in model.state_dict().items()}
-    theirs = {key.removeprefix('module.'): value for key, value in saved.items()}
-    wrong = [
-        key
-        for key in sorted(own.keys() | theirs.keys())
-        if key not in own or key not in theirs or own[key] != theirs[key].shape
-    ]
+    theirs = {key.removeprefix('module.'): value.shape for key, value in saved.items()}
+    wrong = sorted({key for key, _ in own.items() ^ theirs.items()})
     if wrong:
         raise CheckpointError(
             f'is of another model: {len(wrong)} of {len(own)} weights are missing, '
             f'unknown or of another shape, first {wrong[0]!r}'
         )
-    for key, value in theirs.items():
-        if value.is_floating_point() and value.isnan().any():
+    for key, value in saved.items():
+        if value.isnan().any():
             raise CheckpointError(
                 f'has NaN in {key!r}: the training had diverged. Resume an earlier one '
                 'with load_from, and with a lower learning rate or clip_grad'
@@ -243,10 +196,10 @@ def _check_weights(runner: Runner, saved: dict[str, Tensor]) -> None:
 
 def _check_optimizer(runner: Runner, saved: dict[str, Any]) -> None:
     wrapper = runner.optim_wrapper
-    ours = wrapper.optimizer.param_groups[0].keys()
-    theirs = saved['param_groups'][0].keys()
+    ours = wrapper.optimizer.param_groups[0].keys() | {'initial_lr'}
+    theirs = saved['param_groups'][0].keys() | {'initial_lr'}
     # torch adds options now and then, so one side may know more.
-    if ours - theirs - {'initial_lr'} and theirs - ours - {'initial_lr'}:
+    if ours - theirs and theirs - ours:
         raise CheckpointError(
             f'is of another optimizer than {type(wrapper.optimizer).__name__}: resume '
             'with the one that it was trained with'

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from typing import Any
 
+import numpy as np
+import torch
 from mmengine import dist
 from mmengine import registry as root
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
-from .checkpoint_hook import make_saving_safe
 from .checkpoints import FORMAT, KEY, choose_checkpoint
-from .plain_data import from_plain_data, to_plain_data
-from .random_state import get_random_state, restart_workers, set_random_state
 
 
 @root.HOOKS.register_module()
 class ResumeHook(Hook):
-    """Makes a resumed run repeat an uninterrupted one, and saving safe.
+    """Makes a resumed run repeat an uninterrupted one.
 
-    - The random state of every rank is saved with each checkpoint and restored on
-      resuming, and so is the place in an epoch. Validation runs on a state of its
-      own, so that training does not depend on when it is validated.
-    - Objects that mmengine pickles are saved as plain data, so that stock tools read
-      the checkpoint with the safe loading of torch 2.6 and later.
-    - The runner's ``CheckpointHook`` becomes a `SafeCheckpointHook`.
-    - A checkpoint is checked before it is resumed. Automatic resuming skips damaged
-      ones and says so; a damaged one that was named is an error.
+    - Random numbers follow from the seed, the process and the iteration: the generators
+      of Python, numpy and torch are seeded anew for each iteration and each validation,
+      so that no state needs to be saved.
+    - An epoch goes on where a checkpoint was saved in it; a validation that was cut
+      off is repeated.
+    - A checkpoint is checked before it is loaded. Automatic resuming skips damaged ones
+      and says so; a damaged one that was named is an error.
+    - Workers of a data loader that outlive an epoch (``persistent_workers=True``) are
+      started anew in each epoch of an epoch-based loop, with other random numbers in
+      each, because nothing can seed them while they run.
 
-    Workers of a data loader that outlive an epoch are started anew in each epoch,
-    because their random state cannot be saved. Not repeated exactly, and told in the
-    log: another number of processes, and a checkpoint between two updates of
-    accumulated gradients. Samplers that shuffle by the global random state, as torch's
-    ``RandomSampler``, repeat in epoch-based loops only.
+    Not repeated exactly, and told in the log: another number of processes, and a
+    checkpoint between two updates of accumulated gradients.
 
     Examples:
         >>> from mmengine.registry import HOOKS
@@ -44,98 +46,80 @@ class ResumeHook(Hook):
         'ResumeHook'
     """
 
-    priority = 'VERY_HIGH'
+    priority = 'LOWEST'  # what other hooks do belongs to the iteration that ends
 
     def __init__(self) -> None:
         self._seed: int | None = None
         self._resumed: dict[str, Any] | None = None
-        self._gathered: list[dict[str, Any]] | None = None
-        self._epoch_start: dict[str, Any] | None = None
-        self._before_val: dict[str, Any] | None = None
-        self._batches = 0  # that this epoch has trained on
 
     def before_run(self, runner: Runner) -> None:
-        """Makes saving safe, and finds what to resume from, when about to train."""
+        """Finds what to resume from, when about to train."""
         if isinstance(runner.optim_wrapper, OptimWrapper):
             self._seed = runner.seed
-            make_saving_safe(runner)
             choose_checkpoint(runner)
 
-    def gather_state(self, runner: Runner) -> None:
-        """Collects what the next checkpoint stores; called on all ranks."""
-        self._gathered = dist.all_gather_object(self._state())
-
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Adds the state, unless the checkpoint is for publishing only."""
-        to_plain_data(checkpoint)
-        # Nothing was gathered if another hook saves, on rank 0 alone.
-        ranks, self._gathered = self._gathered or [self._state()], None
-        if 'optimizer' in checkpoint:
-            _warn_of_gradients(runner)
-            checkpoint[KEY] = dict(
-                format=FORMAT,
-                ranks=ranks,
-                batches=self._batches,
-                validated=self._before_val is not None,
-            )
+        """Adds what resuming needs to know, unless it is for publishing only."""
+        if 'optimizer' not in checkpoint:
+            return
+        _warn_of_gradients(runner)
+        meta = checkpoint['meta']
+        checkpoint[KEY] = dict(
+            format=FORMAT,
+            processes=dist.get_world_size(),
+            # Before a validation, what is saved is ahead of the loop's own count.
+            validated=(meta['epoch'], meta['iter']) == (runner.epoch, runner.iter),
+        )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Takes the state out of a checkpoint that is resumed."""
-        from_plain_data(checkpoint)
+        """Notes where a checkpoint stands that is resumed."""
         if not runner._resume:
             return
-        saved = checkpoint.get(KEY)
-        if saved is None or len(saved['ranks']) != dist.get_world_size():
+        saved = checkpoint.get(KEY, {})
+        if saved.get('processes') == dist.get_world_size():
+            self._resumed = saved
+        else:
             runner.logger.warning(
-                'The checkpoint has no random state for each of the '
+                'The checkpoint is not one of ResumeHook with '
                 f'{dist.get_world_size()} processes: the resumed run will be a proper '
                 'one, but not repeat an uninterrupted one exactly.'
             )
-            return
-        self._resumed = dict(saved, **saved['ranks'][dist.get_rank()])
 
     def before_train(self, runner: Runner) -> None:
-        """Rebuilds the data loader if the seed has changed.
+        """Rebuilds the data loader if the seed has changed; validates if that is due.
 
         mmengine takes the seed from the checkpoint after the loader was built.
         """
         config, loop = runner._train_dataloader, runner.train_loop
-        if runner.seed == self._seed or not isinstance(config, dict):
-            return
-        ranks_differ = runner._randomness_cfg.get('diff_rank_seed', False)
-        loop.dataloader = runner.build_dataloader(config, runner.seed, ranks_differ)
-        if hasattr(loop, 'dataloader_iterator'):
-            loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
-
-    def finish_validation(self, runner: Runner) -> None:
-        """Validates what was saved, if the interruption came before that was done."""
-        resumed = self._resumed
-        if resumed and not resumed['validated'] and _is_validation_due(runner, resumed):
+        if runner.seed != self._seed and isinstance(config, dict):
+            ranks_differ = runner._randomness_cfg.get('diff_rank_seed', False)
+            loop.dataloader = runner.build_dataloader(config, runner.seed, ranks_differ)
+            if _is_iteration_based(loop):
+                kind = type(loop.dataloader_iterator)
+                loop.dataloader_iterator = kind(loop.dataloader)
+        loader = loop.dataloader
+        if loader.persistent_workers and not _is_iteration_based(loop):
+            loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+        cut_off = self._resumed and not self._resumed['validated']
+        if cut_off and _is_validation_due(runner):
             runner.logger.info('The validation was cut off and is repeated.')
-            set_random_state(resumed['now'])
             runner.val_loop.run()
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Restores the state once, when the data loader stands at its old place."""
-        loop, resumed, self._resumed = runner.train_loop, self._resumed, None
-        if hasattr(loop, 'dataloader_iterator'):  # iteration-based
-            if resumed:
-                loop.dataloader_iterator = _RestoreAfter(
-                    loop.dataloader_iterator, runner.iter, resumed['now']
-                )
+        """Seeds the loader, and takes an epoch to where it was saved."""
+        loop, loader = runner.train_loop, runner.train_loop.dataloader
+        if _is_iteration_based(loop):
+            # The loop itself passes over batches, so each has to be seeded.
+            loop.dataloader_iterator = _seeded(loop.dataloader_iterator, runner)
             return
-        restart_workers(loop.dataloader, runner.epoch)
-        self._batches = 0
-        if resumed and resumed['batches']:
-            self._batches = min(resumed['batches'], len(loop.dataloader))
-            runner.logger.info(
-                f'{self._batches} batches of the epoch were trained on and are skipped.'
-            )
-            set_random_state(resumed['epoch_start'])
-            _skip(loop, self._batches, resumed['now'])
-        elif resumed:
-            set_random_state(resumed['now'])
-        self._epoch_start = get_random_state()
+        first = loop.epoch * len(loader)
+        seed(runner, first)
+        _restart_workers(loader)
+        done = loop.iter - first
+        if self._resumed and 0 < done <= len(loader):
+            runner.logger.info(f'{done} batches were trained on and are skipped.')
+            _pass_over(runner, first, done)
+        self._resumed = None
 
     def after_train_iter(
         self,
@@ -144,27 +128,81 @@ class ResumeHook(Hook):
         data_batch: Any = None,
         outputs: dict | None = None,
     ) -> None:
-        """Counts the batches of an epoch."""
-        self._batches = batch_idx + 1
-
-    def after_train_epoch(self, runner: Runner) -> None:
-        """The next checkpoint belongs to the start of an epoch."""
-        self._batches = 0
+        """Seeds the next iteration, which begins with loading its batch."""
+        seed(runner, runner.iter + 1)
 
     def before_val(self, runner: Runner) -> None:
-        """Keeps the training state."""
-        self._before_val = get_random_state()
+        """Seeds the validation."""
+        seed(runner, runner.iter)
 
-    def after_val(self, runner: Runner) -> None:
-        """Returns to the training state."""
-        if self._before_val is not None:
-            set_random_state(self._before_val)
-            self._before_val = None
 
-    def _state(self) -> dict[str, Any]:
-        # In a validation: the state that training goes on with.
-        now = self._before_val or get_random_state()
-        return dict(now=now, epoch_start=self._epoch_start)
+def seed(runner: Runner, iteration: int) -> None:
+    """Seeds this process for an iteration.
+
+    Args:
+        runner: The runner, which knows the seed of the run.
+        iteration: The iteration, counted from 0.
+    """
+    key = runner.seed, dist.get_rank(), iteration
+    _seed_all(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def _seed_all(value: int) -> None:
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def _restart_workers(loader: DataLoader) -> None:
+    if loader.persistent_workers:
+        loader._iterator = None  # as mmdet's YOLOXModeSwitchHook does
+
+
+def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
+    """Keeps torch's seed, which the process draws for an epoch, over mmengine's."""
+    value = torch.initial_seed() % 2**32
+    if init is not None:
+        init(worker_id)
+    _seed_all(value)
+
+
+def _seeded(batches: Iterator, runner: Runner) -> Iterator:
+    for iteration in count():
+        seed(runner, iteration)
+        yield next(batches)
+
+
+def _pass_over(runner: Runner, first: int, batches: int) -> None:
+    """Lets an epoch-based loop load its first batches without training on them."""
+    loop = runner.train_loop
+    run_iter = loop.run_iter
+
+    def pass_over(idx: int, data_batch: Any) -> None:
+        if idx == batches - 1:
+            loop.run_iter = run_iter
+        seed(runner, first + idx + 1)
+
+    loop.run_iter = pass_over
+
+
+def _is_iteration_based(loop: Any) -> bool:
+    return hasattr(loop, 'dataloader_iterator')
+
+
+def _is_validation_due(runner: Runner) -> bool:
+    # The condition of mmengine's training loops, at the end of an epoch or iteration.
+    loop = runner.train_loop
+    if runner.val_loop is None:
+        return False
+    loop._decide_current_val_interval()
+    if _is_iteration_based(loop):
+        done, last = loop.iter, loop.max_iters
+    else:
+        done, last = loop.epoch, loop.max_epochs
+        if loop.iter != done * len(loop.dataloader):
+            return False
+    on_time = done % loop.val_interval == 0 or done == last
+    return done >= max(loop.val_begin, 1) and on_time
 
 
 def _warn_of_gradients(runner: Runner) -> None:
@@ -177,53 +215,3 @@ def _warn_of_gradients(runner: Runner) -> None:
             'exactly. Set default_hooks.checkpoint.interval to a multiple of '
             f'optim_wrapper.accumulative_counts={wrapper._accumulative_counts}.'
         )
-
-
-def _is_validation_due(runner: Runner, resumed: dict[str, Any]) -> bool:
-    # The condition of mmengine's training loops, at the end of an epoch or iteration.
-    loop = runner.train_loop
-    if runner.val_loop is None:
-        return False
-    loop._decide_current_val_interval()
-    if hasattr(loop, 'dataloader_iterator'):
-        done, last = loop.iter, loop.max_iters
-    else:
-        done, last = loop.epoch, loop.max_epochs
-        if resumed['batches']:
-            return False
-    on_time = done % loop.val_interval == 0 or done == last
-    return done >= max(loop.val_begin, 1) and on_time
-
-
-def _skip(loop: Any, batches: int, state: dict[str, Any]) -> None:
-    """Lets an epoch pass over its first batches, and then restores the state."""
-    run_iter = loop.run_iter
-
-    def pass_over(idx: int, data_batch: Any) -> None:
-        if idx == batches - 1:  # the next batch is loaded after this
-            set_random_state(state)
-            loop.run_iter = run_iter
-
-    loop.run_iter = pass_over
-
-
-class _RestoreAfter:
-    """Iterates over batches; restores a random state once some were skipped.
-
-    mmengine's iteration-based loop replays the loader up to the resumed iteration,
-    which itself draws random numbers.
-    """
-
-    def __init__(self, iterator: Iterator, skip: int, state: dict[str, Any]) -> None:
-        self._iterator = iterator
-        self._left = skip
-        self._state = state
-
-    def __iter__(self) -> Iterator:
-        return self
-
-    def __next__(self) -> Any:
-        if self._left == 0:
-            set_random_state(self._state)
-        self._left -= 1
-        return next(self._iterator)

@@ -2,6 +2,7 @@
 
 import random
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def build_runner(work_dir, epochs=None, iters=None, workers=0, **overrides):
     else:
         train_cfg = dict(by_epoch=False, max_iters=iters, val_interval=2)
     checkpoint = dict(
-        type='CheckpointHook', interval=1, by_epoch=False, save_best='noise',
+        type='SafeCheckpointHook', interval=1, by_epoch=False, save_best='noise',
         rule='less', max_keep_ckpts=3,
     )  # fmt: skip
     wrapper = dict(LOCAL_LEARNING, optimizer=dict(type='SGD', lr=1e-3, momentum=0.9))
@@ -84,6 +85,7 @@ def build_runner(work_dir, epochs=None, iters=None, workers=0, **overrides):
         ],
         default_hooks=dict(
             checkpoint=checkpoint, memory_bank=dict(type='MemoryBankHook'),
+            resume=dict(type='ResumeHook'),
         ),
         custom_hooks=[dict(type='EMAHook')],
         default_scope='mmagic',
@@ -115,18 +117,30 @@ class StopHook(Hook):
             raise KeyboardInterrupt
 
 
-def train(work_dir, stop=None, **kwargs):
+def finish(runner, stop=None):
     """Trains to the end, or to where it is stopped; returns the last checkpoint."""
-    runner = build_runner(work_dir, **kwargs)
     if stop is not None:
         runner.register_hook(StopHook(stop))
     with suppress(KeyboardInterrupt):
         runner.train()
-    return last_checkpoint(work_dir)
+    return last_checkpoint(runner.work_dir)
+
+
+def train(work_dir, stop=None, **kwargs):
+    """The same with `build_runner`."""
+    return finish(build_runner(work_dir, **kwargs), stop)
+
+
+def warnings_of(runner, kind='warning'):
+    """The list that the runner's warnings, or errors, go to from now on."""
+    told = []
+    setattr(runner.logger, kind, told.append)
+    return told
 
 
 def last_checkpoint(work_dir):
-    return torch.load((work_dir / 'last_checkpoint').read_text(), weights_only=True)
+    pointer = Path(work_dir, 'last_checkpoint')
+    return torch.load(pointer.read_text(), weights_only=True)
 
 
 def different(a, b, path=''):
@@ -150,4 +164,4 @@ def different(a, b, path=''):
 
 def differences(a, b):
     """The same for what a run ends with."""
-    return [d for key in KEYS for d in different(a[key], b[key], key)]
+    return [d for key in KEYS for d in different(a.get(key), b.get(key), key)]

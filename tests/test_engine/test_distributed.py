@@ -29,7 +29,7 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def become_rank(rank, world, port):
+def start(rank, world, port, seconds=120):
     """Sets up a process that was forked, which is faster than importing torch."""
     torch.set_num_threads(1)
     os.environ.update(
@@ -39,10 +39,6 @@ def become_rank(rank, world, port):
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world),
     )
-
-
-def start(rank, world, port, seconds=120):
-    become_rank(rank, world, port)
     torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
 
 

@@ -20,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import LOCAL_LEARNING, build_classifier, labelled_images
 
 DOCUMENT = Path(__file__).parents[2] / 'docs/support.md'
+# On a CPU, where mmengine would select a GPU.
+DDP = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 COLUMNS = {
     'one process': {},
-    'two processes': {'launcher': 'pytorch'},
+    'two processes': {'launcher': 'pytorch', 'model_wrapper_cfg': DDP},
     'mixed precision': {
         'optim_wrapper.type': 'AmpLocalLearningOptimWrapper',
         'optim_wrapper.dtype': 'bfloat16',
@@ -303,14 +305,15 @@ def compiled(run):
 @row("`model_wrapper_cfg` with `detect_anomalous_params`",
      two_processes='detect_anomalous_params')  # fmt: skip
 def anomalous(run):
-    kind = dict(type='MMDistributedDataParallel', detect_anomalous_params=True)
-    run(dict(model_wrapper_cfg=kind))
+    run(dict(model_wrapper_cfg=dict(DDP, detect_anomalous_params=True)))
 
 
 @row('`FlexibleRunner` with `SingleDeviceStrategy` or `DDPStrategy`')
 def flexible_runner(run):
-    kind = 'DDPStrategy' if run.column == 'two processes' else 'SingleDeviceStrategy'
-    flexible = run(runner=FlexibleRunner, strategy=dict(type=kind))
+    strategy = dict(type='SingleDeviceStrategy')
+    if run.column == 'two processes':
+        strategy = dict(type='DDPStrategy', model_wrapper=DDP)
+    flexible = run(runner=FlexibleRunner, strategy=strategy)
     assert same(run().history[-1], flexible.history[-1])
 
 
@@ -363,10 +366,10 @@ def test_cell(title, column, tmp_path):
     if column != 'two processes':
         check(title, column, tmp_path)
         return
-    from test_distributed import become_rank, free_port
+    from test_distributed import free_port, start
 
     def work(rank, port):
-        become_rank(rank, 2, port)
+        start(rank, 2, port)
         check(title, column, tmp_path)
 
     mp.start_processes(work, (free_port(),), nprocs=2, start_method='fork')

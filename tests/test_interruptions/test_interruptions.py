@@ -9,14 +9,23 @@ import torch
 import torch.multiprocessing as mp
 from conftest import LOCAL_LEARNING
 from mmengine.hooks import Hook
-from short_runs import build_runner, differences, different, last_checkpoint, train
+from short_runs import (
+    build_runner,
+    differences,
+    different,
+    last_checkpoint,
+    train,
+    warnings_of,
+)
 
-from man_mm.interruptions import random_state, resume_hook
-from man_mm.interruptions.plain_data import from_plain_data
+from man_mm.interruptions import resume_hook
 
-EPOCHS = dict(epochs=3)  # of three iterations
-ITERS = dict(iters=6)
-WORKERS = dict(workers=2)
+RUNS = {
+    'epochs': dict(epochs=3),  # of three iterations
+    'iters': dict(iters=6),
+    'epochs-workers': dict(epochs=3, workers=2),
+}
+EPOCHS, ITERS = RUNS['epochs'], RUNS['iters']
 BY_EPOCH = dict(by_epoch=True, filename_tmpl='epoch_{}.pth')
 
 
@@ -25,13 +34,6 @@ def whole(tmp_path_factory):
     """What uninterrupted runs end with."""
     folder = tmp_path_factory.mktemp('whole')
     return {key: train(folder / key, **run) for key, run in RUNS.items()}
-
-
-RUNS = {
-    'epochs': EPOCHS,
-    'iters': ITERS,
-    'epochs-workers': {**EPOCHS, **WORKERS},
-}
 
 
 @pytest.mark.parametrize(
@@ -60,27 +62,24 @@ def test_saved_by_epoch(tmp_path):
     assert differences(whole, train(tmp_path / 'stopped', **run)) == []
 
 
-def _forget(self, runner, checkpoint):
-    from_plain_data(checkpoint)
-
-
 @pytest.mark.parametrize(
-    'run, owner, name, value',
+    'run, part',
     [
-        ('epochs', resume_hook.ResumeHook, 'after_load_checkpoint', _forget),
-        ('epochs', resume_hook, '_skip', lambda loop, batches, state: None),
-        ('epochs-workers', resume_hook, 'restart_workers', lambda loader, epoch: None),
+        ('epochs', 'seed'),
+        ('epochs', '_pass_over'),
+        ('epochs-workers', '_restart_workers'),
     ],
 )
-def test_controls(run, owner, name, value, whole, tmp_path, monkeypatch):
+def test_controls(run, part, tmp_path, monkeypatch):
     """Without any of its parts a resumed run ends elsewhere."""
-    train(tmp_path, stop=5, **RUNS[run])
-    monkeypatch.setattr(owner, name, value)
+    monkeypatch.setattr(resume_hook, part, lambda *args: None)
+    whole = train(tmp_path / 'whole', **RUNS[run])
+    train(tmp_path / 'stopped', stop=5, **RUNS[run])
     try:
-        resumed = train(tmp_path, **RUNS[run])
+        resumed = train(tmp_path / 'stopped', **RUNS[run])
     except AssertionError:  # an epoch that starts again runs over the end
         return
-    assert differences(whole[run], resumed)
+    assert differences(whole, resumed)
 
 
 class DieInValidation(Hook):
@@ -96,7 +95,7 @@ def test_a_validation_that_was_cut_off_is_repeated(run, tmp_path, monkeypatch):
         hooks = [dict(type='EMAHook'), DieInValidation()]
         train(work_dir, custom_hooks=hooks, **run)
         if control:
-            monkeypatch.setattr(resume_hook, '_is_validation_due', lambda *args: False)
+            monkeypatch.setattr(resume_hook, '_is_validation_due', lambda runner: False)
         resumed = train(work_dir, **run)
         # The scheduler waits for the metric, which is known from validation only.
         different = differences(whole, resumed)
@@ -104,26 +103,34 @@ def test_a_validation_that_was_cut_off_is_repeated(run, tmp_path, monkeypatch):
         assert control or different == []
 
 
-def test_a_finished_run_is_not_validated_again(tmp_path, monkeypatch):
+def test_the_last_validation_is_repeated_if_it_was_cut_off(tmp_path):
+    run = dict(epochs=1, checkpoint=BY_EPOCH)
+    whole = train(tmp_path / 'whole', **run)
+    train(
+        tmp_path / 'stopped',
+        custom_hooks=[dict(type='EMAHook'), DieInValidation()], **run,
+    )  # fmt: skip
+    assert differences(whole, train(tmp_path / 'stopped', **run)) == []
+
+
+def test_a_finished_run_is_not_validated_again(tmp_path):
     whole = train(tmp_path, **ITERS)
-    monkeypatch.setattr(
-        resume_hook,
-        'set_random_state',
-        lambda state: pytest.fail('nothing is left to do'),
-    )
-    assert differences(whole, train(tmp_path, **ITERS)) == []
+    again = train(tmp_path, custom_hooks=[DieInValidation()], **ITERS)
+    assert differences(whole, again) == []
 
 
 def test_without_a_seed(tmp_path):
     """The data order follows the seed in the checkpoint, which is known late."""
     # As a run that ended: the same seed is what an uninterrupted run has.
-    stopped = train(tmp_path / 'stopped', stop=4, randomness=dict(seed=None), **EPOCHS)
-    resumed = train(tmp_path / 'stopped', randomness=dict(seed=None), **EPOCHS)
-    seed = stopped['meta']['seed']
-    assert resumed['meta']['seed'] == seed
-    # Weights are the same before the first step, whatever the seed.
-    whole = train(tmp_path / 'whole', randomness=dict(seed=seed), **EPOCHS)
-    assert differences(whole, resumed) == []
+    for run in (EPOCHS, ITERS):
+        work_dir = tmp_path / next(iter(run))
+        stopped = train(work_dir, 4, randomness=dict(seed=None), **run)
+        resumed = train(work_dir, randomness=dict(seed=None), **run)
+        seed = stopped['meta']['seed']
+        assert resumed['meta']['seed'] == seed
+        # Weights are the same before the first step, whatever the seed.
+        whole = train(tmp_path / f'whole-{seed}', randomness=dict(seed=seed), **run)
+        assert differences(whole, resumed) == []
 
 
 def test_a_checkpoint_between_two_updates_is_told(tmp_path):
@@ -135,28 +142,10 @@ def test_a_checkpoint_between_two_updates_is_told(tmp_path):
             checkpoint=dict(interval=interval),
             **ITERS,
         )
-        warnings = []
-        runner.logger.warning = warnings.append
+        warnings = warnings_of(runner)
         runner.train()
         told = [w for w in warnings if 'multiple of optim_wrapper.accumulat' in w]
         assert bool(told) == (interval == 1)
-
-
-@pytest.mark.parametrize('workers, persistent', [(0, False), (1, False), (1, True)])
-def test_which_workers_restart(workers, persistent):
-    loader = torch.utils.data.DataLoader(
-        [1, 2],
-        num_workers=workers,
-        persistent_workers=persistent,
-        worker_init_fn=torch.manual_seed,
-    )
-    for epoch in range(3):
-        random_state.restart_workers(loader, epoch)
-        changed = loader.worker_init_fn is not torch.manual_seed
-        assert changed == (persistent and epoch > 0)
-    if persistent:
-        # The seed differs from epoch to epoch, and wraps the user's function once.
-        assert loader.worker_init_fn.args == (torch.manual_seed, 2)
 
 
 def rank(index, port, folder):
@@ -165,37 +154,36 @@ def rank(index, port, folder):
     )
     torch.set_num_threads(1)
     torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=120))
-    run = dict(EPOCHS, randomness=dict(seed=0, diff_rank_seed=True))
-    train(Path(folder, 'whole'), **run)
+    train(Path(folder, 'whole'), **EPOCHS)
+    resume_hook.seed(build_runner(Path(folder, 'seed'), **EPOCHS), 0)
+    torch.save(torch.rand(9), Path(folder, f'{index}.pth'))
     for name in ('stopped', 'control'):
-        if name == 'control':  # rank 0's state alone is saved
-            resume_hook.ResumeHook.gather_state = lambda self, runner: None
-        train(Path(folder, name), stop=3, **run)
-        train(Path(folder, name), **run)
+        if name == 'control':
+            resume_hook.seed = lambda runner, iteration: None
+        train(Path(folder, name), stop=3, **EPOCHS)
+        train(Path(folder, name), **EPOCHS)
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
     mp.spawn(rank, (29541, str(tmp_path)), nprocs=2)
     whole = last_checkpoint(tmp_path / 'whole')
-    ranks = [state['now'] for state in whole['man_mm']['ranks']]
-    assert different(*ranks)  # so that one state would not do for both
     assert differences(whole, last_checkpoint(tmp_path / 'stopped')) == []
-    control = last_checkpoint(tmp_path / 'control')
-    assert different(whole['state_dict'], control['state_dict'])
+    assert differences(whole, last_checkpoint(tmp_path / 'control'))
+    # Each rank draws numbers of its own.
+    assert not torch.equal(*(torch.load(tmp_path / f'{i}.pth') for i in range(2)))
 
 
 def test_another_number_of_processes_is_told(tmp_path):
     train(tmp_path, stop=2, **ITERS)
     path = tmp_path / 'iter_2.pth'
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint['man_mm']['ranks'] *= 2
+    checkpoint['man_mm']['processes'] = 2
     torch.save(checkpoint, path)
     runner = build_runner(tmp_path, **ITERS)
-    warnings = []
-    runner.logger.warning = warnings.append
+    warnings = warnings_of(runner)
     runner.train()
-    assert any('random state for each of the 1 processes' in w for w in warnings)
+    assert any('not one of ResumeHook with 1 processes' in w for w in warnings)
 
 
 def test_validation_alone(tmp_path):
@@ -203,3 +191,26 @@ def test_validation_alone(tmp_path):
     options = dict(custom_hooks=[], checkpoint=dict(save_best=None))
     metrics = build_runner(tmp_path, **options, **ITERS).val()
     assert set(metrics) == {'noise'} and not list(tmp_path.glob('*.pth'))
+
+
+@pytest.mark.parametrize('run', [EPOCHS, dict(ITERS, workers=1)])
+def test_plain_resuming(run, tmp_path):
+    """With mmengine's hooks alone: weights, heads, optimizer and bank come back."""
+    hooks = dict(
+        checkpoint=dict(type='CheckpointHook', interval=3, by_epoch=False),
+        memory_bank=dict(type='MemoryBankHook'),
+    )
+    run = dict(run, default_hooks=hooks)
+    stopped = train(tmp_path, stop=4, **run)
+    assert stopped['meta']['iter'] == 3 and 'man_mm' not in stopped
+
+    class Look(Hook):
+        def before_train(self, runner):
+            optimizer = runner.optim_wrapper.state_dict()
+            assert different(stopped['optimizer'], optimizer) == []
+            assert different(stopped['state_dict'], runner.model.state_dict()) == []
+
+    resumed = train(tmp_path, custom_hooks=[Look()], **run)
+    assert resumed['meta']['iter'] > 3
+    assert different(stopped['state_dict'], resumed['state_dict'])  # control
+    assert 'moments' in resumed['optimizer']['local_learning']['bank']

@@ -11,7 +11,7 @@ from killed_runs import attempt
 from short_runs import differences, last_checkpoint
 
 KILLS = 20
-CALLS = 14  # of the file system that write two checkpoints
+CALLS = 8  # of the file system that write two checkpoints
 
 
 @pytest.fixture(scope='module')

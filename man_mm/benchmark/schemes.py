@@ -9,7 +9,7 @@ import copy
 import os
 from dataclasses import dataclass
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from man_mm.core import Unit
 
@@ -246,7 +246,7 @@ def _set_local(cfg: Config, options: dict, shape: tuple[int, ...]) -> None:
         wrapper.type = 'man_mm.LocalLearningOptimWrapper'
         wrapper.constructor = 'man_mm.LocalLearningOptimWrapperConstructor'
         cfg.default_hooks.memory_bank = dict(type='man_mm.MemoryBankHook')
-    local = wrapper.setdefault('local_learning', {})
+    local = wrapper.setdefault('local_learning', ConfigDict())
     if 'K' in options:
         local.partition = dict(
             type='BalancedPartition', num_modules=options['K'], input_shape=shape
@@ -255,7 +255,7 @@ def _set_local(cfg: Config, options: dict, shape: tuple[int, ...]) -> None:
         local.partition = dict(type='CutPartition', cuts=options['cuts'])
     if 'stages' in options:
         local.partition = dict(type='StagePartition')
-    head = local.setdefault('aux_head', dict(type='MANHead'))
+    head = local.setdefault('aux_head', ConfigDict(type='MANHead'))
     if 'faithful' in options:
         head.mode = 'faithful'
     if 'no-bank' in options:

@@ -148,10 +148,18 @@ def test_processes_equal_one(tmp_path, world, accumulate, update):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize('amp', [None, dict(dtype='bfloat16')])
-def test_two_processes_equal_accumulation_bitwise(tmp_path, amp):
+@pytest.mark.parametrize(
+    'steps',
+    [
+        dict(amp=None),
+        dict(amp=dict(dtype='bfloat16')),
+        dict(end_to_end_from=0),
+        dict(end_to_end_from=0, local_loss_weight=0.1),
+    ],
+)
+def test_two_processes_equal_accumulation_bitwise(tmp_path, steps):
     """The sum of two gradients has one order, and half of one is exact."""
-    options = dict(aux_head=dict(use_bank=False), amp=amp)
+    options = dict(aux_head=dict(use_bank=False), **steps)
     ranks = in_processes(
         lambda rank, size: train(rank, size, 'classifier', **options), tmp_path, 2
     )

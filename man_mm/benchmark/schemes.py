@@ -47,6 +47,7 @@ OPTIONS = {
     'bf16': Option(ALL, '', 'autocast to bfloat16'),
     'fp16': Option(ALL, '', 'autocast to float16; CUDA only'),
     'efficient': Option((END_TO_END,), '', "mmengine's efficient_conv_bn_eval"),
+    'lean': Option((END_TO_END,), '', 'fold norms and recompute losses, as the others'),
     'in-backward': Option((END_TO_END,), '', 'update in the backward pass'),
     'K': Option(IN_MODULES, _COUNT, 'BalancedPartition with N modules'),
     'cuts': Option(IN_MODULES, _NAMES, 'CutPartition after these units'),
@@ -54,13 +55,19 @@ OPTIONS = {
     'faithful': Option(WITH_HEADS, '', "auxiliary heads as in the paper's appendix"),
     'no-bank': Option(WITH_HEADS, '', 'auxiliary heads without memory bank'),
     'micro': Option(IN_MODULES, _COUNT, 'N images at a time inside modules'),
-    'recompute': Option(IN_MODULES, _NAMES, 'recompute these submodules'),
+    'recompute': Option(ALL, _NAMES, 'recompute these submodules'),
     'unfolded': Option(IN_MODULES, '', 'do not fold frozen batch norms'),
     'update': Option(IN_MODULES, _UPDATES, 'when weights are updated'),
 }
-_CONFLICTS = (('K', 'cuts', 'stages'), ('bf16', 'fp16'), ('fp16', 'in-backward'))
+_CONFLICTS = (
+    ('K', 'cuts', 'stages'),
+    ('bf16', 'fp16'),
+    ('fp16', 'in-backward'),
+    ('efficient', 'lean'),
+)
 _NOT_IN_MODULES = {
     'efficient': 'the others fold norms themselves, unless unfolded',
+    'lean': 'the others fold norms and recompute losses themselves',
     'in-backward': 'use update=parameter',
 }
 

@@ -19,10 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from man_mm.backbones import find_units
 from man_mm.core import LocalLearner
+from man_mm.core.checkpointing import recomputed
 from man_mm.core.micro_batches import slice_batch, slices_of
+from man_mm.engine.memory_patches import fold_patches, loss_patches
 from man_mm.engine.quiet import quiet
 
-from .schemes import EXACT, Scheme, autocast_dtype, scheme_config
+from .schemes import END_TO_END, EXACT, Scheme, autocast_dtype, scheme_config
 
 
 @dataclass
@@ -131,6 +133,8 @@ def build_scheme(
         if 'with_cp' not in str(error):
             raise
         raise ValueError(f'the backbone has no with_cp. {error}') from error
+    if scheme.base == END_TO_END:
+        _save_memory(model, scheme)
     if 'efficient' in scheme.options:
         _fold(model, scheme)
     elif 'checkpointing' in scheme.options and 'backbone' not in cfg.model:
@@ -185,6 +189,21 @@ def build_wrapper(
 def cut_names(learner: LocalLearner | None) -> list[str]:
     """The cuts of a learner in their order; none for end-to-end training."""
     return [module.cut for module in learner.modules[:-1]] if learner else []
+
+
+def _save_memory(model: nn.Module, scheme: Scheme) -> None:
+    """Gives end-to-end training what local learning has beside its cuts.
+
+    Submodules are recomputed as a whole: stages, for instance, keep their input only.
+    """
+    patches = []
+    if 'lean' in scheme.options:
+        patches += fold_patches(model, find_units(model)) + loss_patches(model)
+    for name in scheme.options.get('recompute', ()):
+        submodule = model.get_submodule(name)
+        patches.append((submodule, recomputed(submodule)))
+    for submodule, wrap in patches:
+        submodule.forward = wrap(submodule.forward)
 
 
 def _fold(model: nn.Module, scheme: Scheme) -> None:

@@ -115,7 +115,7 @@ class SecondRun:
             parts = zip(self.parts, self._submodules, self._calls, strict=True)
             for name, submodule, call in parts:
                 call.states[index].restore()
-                x = submodule.forward(x, *call.args, **call.kwargs)
+                x = submodule(x, *call.args, **call.kwargs)
                 x = x[0] if isinstance(x, tuple) else x  # the others are sizes
                 if name in self.ends:
                     outputs[name] = x

@@ -52,11 +52,18 @@ class Dial:
             total: Iterations in total; negative if not known.
 
         Raises:
-            ValueError: If the share is of a training whose length is not known.
+            ValueError: If the share is of a training whose length is not known, or the
+                parameters are split over processes.
         """
         # One module is trained end to end in any case.
         if self.is_end_to_end or self.share is None or len(self.learner.modules) == 1:
             return
+        if any(hasattr(p, 'full_tensor') for p in self.learner.model.parameters()):
+            raise ValueError(
+                'optim_wrapper.local_learning.end_to_end_from does not work with '
+                'parameters that are split over processes: remove it, or '
+                'model_wrapper_cfg.'
+            )
         if 0 < self.share and total < 0:
             raise ValueError(
                 'optim_wrapper.local_learning.end_to_end_from is a share of the '
@@ -66,11 +73,13 @@ class Dial:
             )
         if done < math.ceil(self.share * total):
             return
+        weight, heads = self.steps.weight, len(self.learner.heads)
+        kind = f'joint, with local losses of weight {weight}' if weight else 'exact'
+        message = f'From iteration {done + 1} on, steps are {kind}.'
+        if heads and not weight:
+            message += f' The {heads} auxiliary heads and the memory bank are freed.'
         self.turn()
-        weight = self.steps.weight
-        kind = f'joint, with local losses of weight {weight},' if weight else 'exact'
-        freed = '' if weight else ' The auxiliary heads and the memory bank are freed.'
-        print_log(f'From iteration {done + 1} on, steps are {kind}.{freed}', 'current')
+        print_log(message, 'current')
 
     def resume(self) -> None:
         """Turns for a checkpoint of a run that had turned.

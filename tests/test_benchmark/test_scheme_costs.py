@@ -26,6 +26,7 @@ TRAINABLE = [
     'end-to-end+accumulate=2',
     'end-to-end+bf16',
     'end-to-end+efficient',
+    'end-to-end+lean+recompute=backbone.layer2,backbone.layer3',
     'end-to-end+in-backward',
     'end-to-end+in-backward+bf16+accumulate=batch+checkpointing+efficient',
     'local',
@@ -43,6 +44,9 @@ TRAINABLE = [
     'local+update=iteration',
     'local+checkpointing',
     'local+accumulate=2+K=3+micro=1+recompute=backbone.layer4+update=parameter',
+    'exact',
+    'exact+K=3+micro=1',
+    'joint',
 ]
 
 
@@ -89,7 +93,7 @@ def test_schemes_are_parsed(tools):
         ('locally', ['not known', "'local'", 'K=N', 'in-backward']),
         ('local+shuffle', ['not known', 'micro=N', 'parameter|iteration|module']),
         ('local+stages+stages', ['not known', 'once']),
-        ('end-to-end+micro=1', ['local training only']),
+        ('end-to-end+micro=1', ['local, exact, joint training only']),
         ('local+in-backward', ['update=parameter']),
         ('local+K=2+stages', ['K and stages exclude each other']),
         ('end-to-end+bf16+fp16', ['bf16 and fp16 exclude each other']),
@@ -113,8 +117,8 @@ def test_schemes_do_not_touch_each_other(tools, cfg):
         built[scheme.name] = tools.schemes.scheme_config(cfg, scheme, SHAPE)
     assert str(cfg) == before
     for name, config in built.items():
-        wrapper, is_local = config.optim_wrapper, name.startswith('local')
-        assert ('constructor' in wrapper) == is_local
+        wrapper, in_modules = config.optim_wrapper, not name.startswith('end-to-end')
+        assert ('constructor' in wrapper) == in_modules
         assert wrapper.optimizer == cfg.optim_wrapper.optimizer
         assert ('with_cp' in config.model.backbone) == ('checkpointing' in name)
         assert ('accumulative_counts' in wrapper) == ('accumulate' in name)
@@ -158,7 +162,7 @@ def test_mixed_precision_by_local_learning_is_our_wrapper(tools, cfg):
 @pytest.mark.parametrize('name', TRAINABLE)
 def test_scheme_trains(tools, cfg, name):
     built = build(tools, cfg, name)
-    assert (built.learner is not None) == name.startswith('local')
+    assert (built.learner is None) == name.startswith('end-to-end')
     moved = train(built)
     assert sum(moved) > 0.9 * len(moved)
 
@@ -209,8 +213,9 @@ def compare(tools, cfg, names):
 
 
 def test_exactness(tools, cfg):
-    same = ['end-to-end', 'end-to-end+in-backward', 'local+cuts=']
-    rounded = ['end-to-end+checkpointing', 'end-to-end+efficient']
+    same = ['end-to-end', 'end-to-end+in-backward', 'local+cuts=', 'exact+unfolded']
+    rounded = ['end-to-end+checkpointing', 'end-to-end+efficient', 'exact']
+    rounded.append('end-to-end+lean+recompute=backbone.layer2,backbone.layer3')
     other = ['end-to-end+bf16', 'end-to-end+accumulate=2']  # normalised by objects
     local = ['local', 'local+update=parameter', 'local+recompute=backbone.layer4']
     names = [*same, *rounded, *other, *local, 'local+unfolded', 'local+no-bank']

@@ -83,7 +83,7 @@ def state(model, wrapper):
     return [
         *model.state_dict().values(),
         *learner.heads.state_dict().values(),
-        *learner.bank.moments(),
+        *([] if learner.bank is None else learner.bank.moments()),
     ]
 
 
@@ -101,7 +101,8 @@ def train(rank, world, kind, accumulate=1, average=True, **options):
         mine = share(batch, rank, world)
         for part in range(accumulate):
             wrapped.train_step(share(mine, part, accumulate), wrapper)
-            average_tensors(wrapper.learner.bank.moments())
+            if wrapper.learner.bank is not None:  # exact steps have none
+                average_tensors(wrapper.learner.bank.moments())
     return state(model, wrapper)
 
 

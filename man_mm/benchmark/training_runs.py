@@ -40,7 +40,7 @@ class RunError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedConfig:
     """What is compared: a config, with settings that override it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Run:
         position: Of the entry in tables.
     """
 
-    entry: Entry
+    entry: ComparedConfig
     seed: int
     out: Path
     work_dirs: Path
@@ -120,7 +120,7 @@ class Run:
         return loop.get('max_iters') or loop.max_epochs
 
 
-def parse_entry(text: str, options: tuple[str, ...] = ()) -> Entry:
+def parse_entry(text: str, options: tuple[str, ...] = ()) -> ComparedConfig:
     """Reads ``'NAME=CONFIG KEY=VALUE KEY=VALUE'``.
 
     Args:
@@ -141,7 +141,7 @@ def parse_entry(text: str, options: tuple[str, ...] = ()) -> Entry:
         find_config(config)
     except FileNotFoundError as error:
         raise ValueError(f'Entry {name!r}: {error}') from error
-    return Entry(name, config, (*options, *own))
+    return ComparedConfig(name, config, (*options, *own))
 
 
 def slug(name: str) -> str:

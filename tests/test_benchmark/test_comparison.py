@@ -19,7 +19,7 @@ from man_mm.benchmark import comparison
 from man_mm.benchmark.comparison_report import make_table, markdown_rows
 from man_mm.benchmark.restored_photos import restore
 from man_mm.benchmark.training_runs import (
-    Entry,
+    ComparedConfig,
     Run,
     RunError,
     parse_entry,
@@ -148,10 +148,12 @@ def test_runs_are_done_once_and_shown_from_their_files(
     check_preview(load_config(str(config)), str(checkpoint))
 
     # Other settings are another run, with a folder of its own.
-    entry = Entry('MAN', CONFIG.format('man', 'man_'), tuple(options_for(photos)))
+    entry = ComparedConfig(
+        'MAN', CONFIG.format('man', 'man_'), tuple(options_for(photos))
+    )
     run = Run(entry, 3, out, work_dirs)
     assert run.is_done and run.work_dir.is_dir()
-    other = dataclasses.replace(run, entry=Entry('MAN', entry.config))
+    other = dataclasses.replace(run, entry=ComparedConfig('MAN', entry.config))
     assert not other.is_done and not other.work_dir.exists()
     assert not dataclasses.replace(run, seed=4).is_done
 
@@ -176,7 +178,7 @@ def test_a_stopped_run_goes_on_where_it_was(photos, tmp_path):
     # Long enough that it cannot end before it is seen to have begun.
     options = [*options_for(photos), 'train_cfg.max_iters=200']
     options += ['train_cfg.val_interval=200', 'default_hooks.checkpoint.interval=20']
-    entry = Entry('MAN', CONFIG.format('man', 'man_'), tuple(options))
+    entry = ComparedConfig('MAN', CONFIG.format('man', 'man_'), tuple(options))
     whole, stopped = (
         Run(entry, 0, tmp_path / name, tmp_path / name) for name in ('whole', 'stopped')
     )
@@ -225,7 +227,7 @@ def _commands_with(path):
 
 def test_a_failed_run_says_where_its_log_is(photos, tmp_path):
     wrong = (*options_for(photos), 'model.generator.num_blocks=none')
-    entry = Entry('MAN', CONFIG.format('man', 'man_'), wrong)
+    entry = ComparedConfig('MAN', CONFIG.format('man', 'man_'), wrong)
     run = Run(entry, 0, tmp_path, tmp_path)
     with pytest.raises(RunError, match=r'man_seed0 failed, see .*train\.log'):
         comparison.run_all([run], 1, Console(quiet=True))

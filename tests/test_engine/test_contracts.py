@@ -37,11 +37,9 @@ def gradients(model, wrapper, trained):
         if module.index in trained:
             loss.backward()
 
-    with learner.step(backward=backward):
-        handle = model.register_forward_pre_hook(wrapper._capture, with_kwargs=True)
-        data = model.data_preprocessor(batch_of(), training=True)
+    data = model.data_preprocessor(batch_of(), training=True)
+    with learner.step(data['data_samples'], backward):
         losses = model(**data, mode='loss')
-        handle.remove()
     if len(learner.modules) - 1 in trained:
         model.parse_losses(losses)[0].backward()
     for module in learner.modules:
@@ -143,13 +141,10 @@ class TestOracles:
             hooked.train_step(copy.deepcopy(batch), wrapper)
         optimizer = other.optimizer
         for index, batch in enumerate(batches):
-            with other.learner.step(backward=lambda loss, *_: (loss / 2).backward()):
-                handle = by_hand.register_forward_pre_hook(
-                    other._capture, with_kwargs=True
-                )
-                data = by_hand.data_preprocessor(copy.deepcopy(batch), training=True)
+            data = by_hand.data_preprocessor(copy.deepcopy(batch), training=True)
+            backward = lambda loss, *_: (loss / 2).backward()  # noqa: E731
+            with other.learner.step(data['data_samples'], backward):
                 losses = by_hand(**data, mode='loss')
-                handle.remove()
             (by_hand.parse_losses(losses)[0] / 2).backward()
             if index % 2:
                 optimizer.step()

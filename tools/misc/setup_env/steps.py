@@ -69,7 +69,7 @@ def all_steps() -> list[Step]:
     package = tuple(ROOT / name for name in SOURCES)
     pinned = (CONSTRAINTS,)
     download = '2 to 10 min, a large download'
-    build = '15 min on 2 cores, once; 20 s when it was built before'
+    build = '8 min on 2 cores, once; 20 s when it was built before'
     return [
         Step('torch', 'torch and torchvision', download, pinned, install_torch),
         Step('build-tools', 'build tools', '10 s', pinned, install_build_tools),

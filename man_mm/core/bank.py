@@ -108,19 +108,36 @@ class MemoryBank(Mapping[str, Tensor]):
 
     @_observed
     def receive(self, name: str, map_: Tensor, moments: Tensor | None) -> None:
-        """Stores what another process has stored; see `pending`."""
+        """Stores a map that another process has made.
+
+        Args:
+            name: Name of the unit that made the map.
+            map_: Feature map ``(N, C, H, W)``, or its averages ``(N, C, 1, 1)``.
+            moments: What `pending` returns for it there, ``(2, C)`` or None.
+        """
         if moments is not None:
             self._pending[name] = moments
         self._maps[name] = map_
         self._versions[name] = map_._version
 
     def pending(self, name: str) -> Tensor | None:
-        """What the long-term memory will learn of a map, ``(2, C)``, if anything."""
+        """What `clear` will add to the long-term memory for a map.
+
+        Args:
+            name: Name of the unit that made the map.
+
+        Returns:
+            Mean and mean square of every channel, ``(2, C)``; None if nothing.
+        """
         return self._pending.get(name)
 
     @_observed
     def keep(self, names: Collection[str]) -> None:
-        """Forgets all maps but those named; their statistics are remembered."""
+        """Forgets all maps except those named; the statistics of all are kept.
+
+        Args:
+            names: Names of the units whose maps stay.
+        """
         for name in set(self._maps).difference(names):
             del self._maps[name], self._versions[name]
 
@@ -138,7 +155,14 @@ class MemoryBank(Mapping[str, Tensor]):
         self._versions.clear()
 
     def statistics(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Running mean and variance ``(C,)`` of a map, None before it was seen."""
+        """Running mean and variance of every channel of a map, over earlier steps.
+
+        Args:
+            name: Name of the unit that makes the map.
+
+        Returns:
+            Two vectors ``(C,)``, or None before the end of the first step.
+        """
         if name not in self._moments:
             return None
         mean, square = self._moments[name]
@@ -161,7 +185,11 @@ class MemoryBank(Mapping[str, Tensor]):
         return {'moments': dict(self._moments), 'updates': dict(self._updates)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores the long-term memory.
+
+        Args:
+            state: What `state_dict` returned.
+        """
         self._moments = {k: v.clone() for k, v in state['moments'].items()}
         self._updates = dict(state['updates'])
 

@@ -56,7 +56,11 @@ def statistics_kept(*submodules: nn.Module) -> Iterator[None]:
 
 
 def checkpoints_itself(submodule: nn.Module) -> bool:
-    """Whether blocks of OpenMMLab in it are told to checkpoint themselves."""
+    """Whether OpenMMLab blocks in a submodule checkpoint themselves.
+
+    Args:
+        submodule: What to search for ``with_cp`` and ``use_checkpoint``.
+    """
     options = ('with_cp', 'use_checkpoint')
     return any(getattr(m, o, False) for m in submodule.modules() for o in options)
 

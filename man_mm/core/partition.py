@@ -104,7 +104,11 @@ class LocalModule:
 
 
 def ends_of_stages(units: Sequence[Unit]) -> list[tuple[Unit, Unit]]:
-    """Units that end a stage, each with the unit that follows it; no stem."""
+    """Units that end a stage, each with the unit that follows it.
+
+    Args:
+        units: Units in the order in which they run; a stem ends no stage.
+    """
     return [
         (unit, following)
         for unit, following in zip(units, units[1:], strict=False)
@@ -113,14 +117,22 @@ def ends_of_stages(units: Sequence[Unit]) -> list[tuple[Unit, Unit]]:
 
 
 def branches(module: LocalModule) -> list[tuple[Unit, Unit]]:
-    """Units inside a module that not only the next unit reads, each with that one."""
+    """Units inside a module that others than the next unit read, each with the latter.
+
+    Args:
+        module: The module.
+    """
     ends = ends_of_stages(module.units)
     pairs = zip(module.units, module.units[1:], strict=False)
     return [pair for pair in pairs if pair in ends or pair[0].read_elsewhere]
 
 
 def outlets(module: LocalModule) -> list[str]:
-    """Names of the units whose maps heads may read: the branches, and the cut."""
+    """Names of the units whose maps auxiliary heads may read: the branches and the cut.
+
+    Args:
+        module: The module.
+    """
     return [*(unit.name for unit, _ in branches(module)), module.cut]
 
 
@@ -137,7 +149,11 @@ class StagePartition:
     """
 
     def cuts(self, units: Sequence[Unit], _measure: Measure | None = None) -> list[str]:
-        """Names of the units after which to cut, the last unit excluded."""
+        """Names of the units after which to cut, the last unit excluded.
+
+        Args:
+            units: All units, in the order in which they run.
+        """
         return [unit.name for unit, _ in ends_of_stages(units)]
 
 
@@ -168,6 +184,9 @@ class UniformPartition:
 
     def cuts(self, units: Sequence[Unit], _measure: Measure | None = None) -> list[str]:
         """Names of the units after which to cut.
+
+        Args:
+            units: All units, in the order in which they run.
 
         Raises:
             ValueError: If there are fewer units than modules.
@@ -203,6 +222,9 @@ class CutPartition:
 
     def cuts(self, units: Sequence[Unit], _measure: Measure | None = None) -> list[str]:
         """Names of the units after which to cut.
+
+        Args:
+            units: All units, in the order in which they run.
 
         Raises:
             ValueError: If a name is unknown, given twice, out of order, or the

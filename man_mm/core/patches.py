@@ -17,6 +17,10 @@ def patched(submodule: nn.Module, wrap: Wrap) -> Iterator[None]:
     """Replaces the forward function of a submodule by ``wrap(forward)``.
 
     Hooks of the submodule stay, and see the call as before.
+
+    Args:
+        submodule: The submodule to patch.
+        wrap: Takes its forward function and returns the one to use instead.
     """
     before = vars(submodule).get('forward')  # other tools patch in the same way
     submodule.forward = wrap(submodule.forward)

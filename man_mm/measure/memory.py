@@ -186,6 +186,7 @@ class StorageTracker(TorchDispatchMode):
         return out
 
     def end_op(self) -> None:
+        """Compares the live bytes with the peak, after an op."""
         if self.total > self.peak:
             self.peak = self.total
             self.split.mark_peak()

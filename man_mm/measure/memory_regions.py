@@ -62,10 +62,12 @@ class Regions:
         return region
 
     def enter(self, region: str, key: object) -> None:
+        """Opens a region; ``key`` identifies it for `leave`."""
         self.advance()
         self._open.append((region, torch._C._current_graph_task_id(), key))
 
     def leave(self, key: object) -> None:
+        """Closes the region opened with ``key``, and any left open inside it."""
         self.advance()
         # After an error, inner regions may still be open.
         while self._open and self._open.pop()[2] is not key:
@@ -73,6 +75,7 @@ class Regions:
 
     @contextmanager
     def inside(self, region: str) -> Iterator[None]:
+        """Counts what runs in a ``with`` block as a region."""
         key = object()
         self.enter(region, key)
         try:

@@ -157,7 +157,10 @@ class BalancedPartition:
 
 
 def parse_bytes(text: int | str) -> int:
-    """Reads a number of bytes, such as ``'6GiB'``, ``'1.5 GiB'`` or ``800``.
+    """Reads a number of bytes.
+
+    Args:
+        text: Such as ``'6GiB'``, ``'1.5 GiB'`` or ``800``.
 
     Raises:
         ValueError: If it is not positive, or has another unit than KiB, MiB or GiB.
@@ -181,7 +184,10 @@ def parse_bytes(text: int | str) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """Writes a number of bytes in MiB, as ``'1035.2 MiB'``.
+    """Writes a number of bytes in MiB.
+
+    Args:
+        size: Number of bytes.
 
     Examples:
         >>> from man_mm.measure.planner import format_bytes

@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from tiny_data import tiny_fashion
 
 from man_mm.datasets.make_digits import make_digits
-from man_mm.datasets.make_fashion import SHAPES, idx_head, make_fashion
 from man_mm.datasets.make_photos import make_photos
 
 MIM = Path(sys.executable).with_name('mim')
@@ -200,20 +200,9 @@ def test_super_resolution_with_mmagic(tmp_path):
     assert scores['PSNR'] == trained['PSNR'] > 5
 
 
-def fashion(folder):
-    """A few images in the files of Fashion-MNIST."""
-    shapes = {name: (8, *shape[1:]) for name, shape in SHAPES.items()}
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        data = rng.integers(10, size=shape, dtype=np.uint8).tobytes()
-        (folder / name).write_bytes(idx_head(shape) + data)
-    return make_fashion(folder.parent / 'fashion', folder, shapes=shapes)
-
-
 def test_classification_with_mmpretrain(tmp_path):
     """Trained by local learning, tested by the config without it."""
-    data = fashion(tmp_path / 'original')
+    data = tiny_fashion(tmp_path / 'original')
     roots = [f'{name}_dataloader.dataset.data_root={data}' for name in ('val', 'test')]
     options = [
         f'train_dataloader.dataset.data_root={data}',

@@ -1,10 +1,12 @@
 """Runs ``tools/train.py`` and ``tools/test.py`` on a toy config."""
 
 import itertools
+import pickle
 
 import pytest
 import torch
 from scripts import run_script
+from tiny_data import tiny_fashion
 
 RUN_NUMBER = itertools.count()
 TOY_CONFIG = """
@@ -106,3 +108,55 @@ def test_test_loads_the_checkpoint(run_tool, capfd):
     run_tool('test', 'toy.py', 'changed.pth', '--work-dir', 'out')
     output = capfd.readouterr()
     assert 'size: 8.0000' in output.out + output.err
+
+
+def rates(path):
+    return [group['lr'] for group in load(path)['optimizer']['param_groups']]
+
+
+def test_the_learning_rate_follows_the_batch_size(run_tool):
+    base = ['--cfg-options', 'auto_scale_lr.base_batch_size=8']
+    run_tool('train', 'toy.py', '--work-dir', 'plain', *base)
+    run_tool('train', 'toy.py', '--work-dir', 'scaled', '--auto-scale-lr', *base)
+    assert rates('plain/epoch_1.pth') == [0.1]
+    assert rates('scaled/epoch_1.pth') == [0.1 * 4 / 8]
+
+
+def test_predictions_are_stored(run_tool):
+    run_tool('train', 'toy.py', '--work-dir', 'out')
+    run_tool('test', 'toy.py', 'out/epoch_1.pth', '--out', 'found.pkl')
+    with open('found.pkl', 'rb') as file:
+        assert len(pickle.load(file)) == 2  # a batch each
+
+
+def test_mixed_precision_of_local_learning(tmp_path):
+    data = tiny_fashion(tmp_path / 'original')
+    options = [
+        f'train_dataloader.dataset.data_root={data}',
+        'train_dataloader.dataset.indices=8',
+        f'val_dataloader.dataset.data_root={data}',
+        'train_dataloader.batch_size=4',
+        'train_cfg.max_epochs=1',
+        'model.backbone.depth=14',
+    ]
+    config = 'configs/man/resnet32_k4_man_fashion.py'
+    args = ['--work-dir', tmp_path / 'out', '--amp', '--cfg-options', *options]
+    run_script('train', config, *args)
+    saved = load(tmp_path / 'out/epoch_1.pth')
+    assert len(saved['optimizer']['loss_scalers']) == 4
+
+
+@pytest.mark.parametrize(
+    ('name', 'args', 'message'),
+    [
+        ('train', ['none.py'], "There is no config 'none.py'"),
+        ('train', ['toy.py', '--auto-scale-lr'], 'set auto_scale_lr.base_batch_size'),
+        ('test', ['toy.py', 'x.pth', '--show'], 'default_hooks.visualization'),
+        ('test', ['toy.py', 'x.pth', '--tta'], 'no tta_model'),
+        ('test', ['toy.py', 'x.pth', '--out', 'x.json'], 'name a .pkl file'),
+    ],
+)
+def test_what_a_config_does_not_allow_is_told(run_tool, capsys, name, args, message):
+    with pytest.raises(SystemExit):
+        run_tool(name, *args)
+    assert message in capsys.readouterr().err

@@ -28,9 +28,11 @@ from man_mm.core import (
 from man_mm.datasets import STL10, SVHN
 from man_mm.engine import (
     AmpLocalLearningOptimWrapper,
+    FullyShardedModel,
     LocalLearningOptimWrapper,
     LocalLearningOptimWrapperConstructor,
     MemoryBankHook,
+    ShardingHook,
     build_learner,
 )
 from man_mm.interruptions import ResumeHook, SafeCheckpointHook
@@ -47,6 +49,7 @@ __all__ = [
     'CutPartition',
     'DGLDetHead',
     'DGLHead',
+    'FullyShardedModel',
     'InfoProHead',
     'LocalLearner',
     'LocalLearningOptimWrapper',
@@ -64,6 +67,7 @@ __all__ = [
     'SafeCheckpointHook',
     'STL10',
     'SVHN',
+    'ShardingHook',
     'StagePartition',
     'UniformPartition',
     'Unit',

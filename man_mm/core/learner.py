@@ -235,7 +235,10 @@ class LocalLearner:
         parts = {part: self.model.get_submodule(part) for part in module.parts}
         if module.index == 0:
             start = next(iter(parts.values()))
-            stack.callback(start.register_forward_pre_hook(self._enter).remove)
+            # In front of other tools' hooks, which may hand on a copy: this one has
+            # to see the tensor itself, which a global skip reads too.
+            enter = start.register_forward_pre_hook(self._enter, prepend=True)
+            stack.callback(enter.remove)
         # The boundary does not require grad, which some blocks ask of their input.
         needs_grad = module.index > 0 and any(map(checkpoints_itself, parts.values()))
         if self.micro_batch_size is not None:
@@ -261,7 +264,8 @@ class LocalLearner:
             start = self.model.get_submodule(following.parts[0])
             branch, rejoin = self._branch(unit), self._rejoin(unit)
             stack.callback(end.register_forward_hook(branch).remove)
-            stack.callback(start.register_forward_pre_hook(rejoin).remove)
+            hook = start.register_forward_pre_hook(rejoin, prepend=True)
+            stack.callback(hook.remove)
 
         def cut(_submodule: nn.Module, args: tuple, output: Tensor) -> Tensor:
             self._keep_map(module.units[-1], args, output)

@@ -8,8 +8,10 @@ from man_mm.measure import BalancedPartition
 from . import compat
 from .amp import AmpLocalLearningOptimWrapper
 from .constructor import LocalLearningOptimWrapperConstructor, build_learner
+from .fully_sharded_model import FullyShardedModel
 from .hooks import MemoryBankHook
 from .optim_wrapper import LocalLearningOptimWrapper
+from .sharding_hook import ShardingHook
 
 for _partition in (StagePartition, UniformPartition, CutPartition, BalancedPartition):
     root.TASK_UTILS.register_module(module=_partition)
@@ -17,8 +19,10 @@ compat.allow_safe_loading()
 
 __all__ = [
     'AmpLocalLearningOptimWrapper',
+    'FullyShardedModel',
     'LocalLearningOptimWrapper',
     'LocalLearningOptimWrapperConstructor',
     'MemoryBankHook',
+    'ShardingHook',
     'build_learner',
 ]

@@ -12,12 +12,17 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from man_mm.core import LocalLearner
 
+from .fully_sharded_model import FullyShardedModel
+
 WRAPPER = 'LocalLearningOptimWrapper'
 AMP_WRAPPER = 'AmpLocalLearningOptimWrapper'
 
 _OTHER_WRAPPERS = {
     'ApexOptimWrapper': 'train without Apex',
-    'DeepSpeedOptimWrapper': 'train without DeepSpeed',
+    'DeepSpeedOptimWrapper': (
+        "train without DeepSpeed (model_wrapper_cfg=dict(type='FullyShardedModel') "
+        'splits weights and optimizer state too)'
+    ),
 }
 
 
@@ -48,24 +53,59 @@ def check_model_wrapper(model: nn.Module) -> None:
 
     Raises:
         ValueError: For FSDP, DeepSpeed and everything else but
-            ``MMDistributedDataParallel``, and if that is to
-            ``detect_anomalous_params``.
+            ``MMDistributedDataParallel`` and `FullyShardedModel`, and if the former is
+            to ``detect_anomalous_params``.
     """
     wraps = is_model_wrapper(model) or isinstance(
         model, DataParallel | DistributedDataParallel
     )
-    if wraps and not isinstance(model, MMDistributedDataParallel):
+    if wraps and not isinstance(model, MMDistributedDataParallel | FullyShardedModel):
         raise ValueError(
             f'The model is wrapped in {type(model).__name__}, which cannot run the '
             'backward pass of a module inside the forward pass: remove '
             'model_wrapper_cfg (and strategy) from the config, so that '
-            'MMDistributedDataParallel is used.'
+            'MMDistributedDataParallel is used. To split weights and optimizer state '
+            "over processes, set model_wrapper_cfg=dict(type='FullyShardedModel')."
         )
     if getattr(model, 'detect_anomalous_params', False):
         raise ValueError(
             'model_wrapper_cfg.detect_anomalous_params looks for parameters that the '
             "model's own loss does not reach, which are all but the last module's in "
             'local learning: remove it.'
+        )
+
+
+def check_sharding(end_to_end_from: float | None) -> None:
+    """Refuses to shard a model that takes end-to-end steps.
+
+    Args:
+        end_to_end_from: The option of that name.
+
+    Raises:
+        ValueError: If it is not None. Such steps run each module twice, between which
+            its weights would have to be freed.
+    """
+    if end_to_end_from is not None:
+        raise ValueError(
+            f'optim_wrapper.local_learning.end_to_end_from={end_to_end_from} is not '
+            'supported by FullyShardedModel: remove it, or model_wrapper_cfg.'
+        )
+
+
+def check_saving(model: nn.Module) -> None:
+    """Refuses to train, in a runner, what could not be saved.
+
+    Args:
+        model: The model, wrapped or not.
+
+    Raises:
+        ValueError: If it is a `FullyShardedModel` that no `ShardingHook` gathers.
+    """
+    if isinstance(model, FullyShardedModel) and not model.can_save:
+        raise ValueError(
+            'Checkpoints of a FullyShardedModel are gathered by ShardingHook, which '
+            'comes with MemoryBankHook; neither is configured. Add to the config:\n'
+            "    default_hooks = dict(sharding=dict(type='ShardingHook'))"
         )
 
 

@@ -24,9 +24,11 @@ from .checks import (
     AMP_WRAPPER,
     WRAPPER,
     check_model_wrapper,
+    check_sharding,
     check_wrapper_type,
 )
 from .distributed import broadcast_module
+from .fully_sharded_model import FullyShardedModel
 from .memory_patches import fold_patches, loss_patches, recompute_patches
 from .optim_wrapper import LocalLearningOptimWrapper
 from .options import check_paramwise, complete_options
@@ -125,6 +127,7 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 ``MMDistributedDataParallel``.
         """
         check_model_wrapper(model)
+        wrapped = model
         if is_model_wrapper(model):
             model = model.module
         options = {key: self.options[key] for key in LEARNER_OPTIONS}
@@ -132,6 +135,9 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             self.options[key] for key in ('local_loss_weight', 'end_to_end_from')
         )
         learner = build_learner(model, with_heads=share != 0 or weight > 0, **options)
+        if isinstance(wrapped, FullyShardedModel):
+            check_sharding(share)
+            wrapped.shard(learner)
         groups = self._model_groups(model)
         for group in self._head_groups(learner.heads):
             if self.base_lr is not None:

@@ -11,13 +11,18 @@ from mmengine import dist
 from torch import Tensor, nn
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, of which each process has a part."""
+    return hasattr(tensor, 'full_tensor')
+
+
 def average_gradients(params: Sequence[nn.Parameter]) -> Callable[[], None]:
     """Starts to average gradients over all ranks, beside what runs next.
 
     Each gradient is sent once, in one message for all of a dtype. A parameter without
     a gradient on some ranks counts as zero there, and keeps ``grad=None`` if no rank
     used it, so that every rank takes part in the same reductions and no optimizer step
-    is made up.
+    is made up. Sharded parameters are left out: FSDP has averaged their gradients.
 
     Args:
         params: Parameters, the same and in the same order on every rank.
@@ -29,7 +34,8 @@ def average_gradients(params: Sequence[nn.Parameter]) -> Callable[[], None]:
         return _nothing
     groups = defaultdict(list)
     for param in params:
-        groups[param.device, param.dtype].append(param)
+        if not is_sharded(param):
+            groups[param.device, param.dtype].append(param)
     waits = [_start(group) for group in groups.values()]
     return lambda: [wait() for wait in waits]
 

@@ -18,10 +18,12 @@ from torch.optim import Optimizer
 
 from man_mm.core import LocalLearner, LocalModule
 
-from .checks import check_model_wrapper, check_start
+from .checks import check_model_wrapper, check_saving, check_start
 from .dial import Dial
-from .distributed import average_gradients, gradient_norm
+from .distributed import average_gradients, is_sharded
+from .fully_sharded_model import reduce_after_backward
 from .out_of_memory import Measure, explains_out_of_memory
+from .sharded_tensors import clip_norm, shard_optimizer_state, total_norm
 
 _UPDATE_BYTES = 2**20
 # More than a dynamic loss scale of 2**16 needs to come down to 1.
@@ -132,6 +134,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             max_counts: Iterations in total.
         """
         check_start(self.learner, self.update)
+        check_saving(model)
         super().initialize_count_status(model, init_counts, max_counts)
 
     @contextmanager
@@ -180,6 +183,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             complete: Whether no other loss of this iteration reaches the module.
         """
         update = complete and self._syncs
+        reduce_after_backward(self.learner, module, complete)
         with self._updating(loss, module, update):
             self._scaled(self.scale_loss(loss), module).backward()
         if complete:
@@ -261,7 +265,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
                 ) from error
             if local['bank'] is not None and self.learner.bank is not None:
                 self.learner.bank.load_state_dict(local['bank'])
-        super().load_state_dict(state)
+        super().load_state_dict(shard_optimizer_state(state, self.optimizer))
 
     def _capture(self, _model: nn.Module, args: tuple, kwargs: dict) -> None:
         # The signature of every OpenMMLab model: forward(inputs, data_samples, mode).
@@ -365,14 +369,15 @@ class LocalLearningOptimWrapper(OptimWrapper):
     def _clip(self, params: Sequence[nn.Parameter]) -> Tensor:
         """Clips gradients, if so configured; returns their norm before."""
         if self.clip_grad_kwargs and self.grad_name == 'grad_norm':
-            return self.clip_func(params, **self.clip_grad_kwargs)
+            clip = clip_norm if any(map(is_sharded, params)) else self.clip_func
+            return clip(params, **self.clip_grad_kwargs)
         norm = self._norm(params)
         if self.clip_grad_kwargs:
             self.clip_func(params, **self.clip_grad_kwargs)
         return norm
 
     def _norm(self, params: Sequence[nn.Parameter]) -> Tensor:
-        return gradient_norm([param.grad for param in params])
+        return total_norm([param.grad for param in params])
 
     def _skip(self, module: LocalModule) -> None:
         self._skips[module.name] += 1

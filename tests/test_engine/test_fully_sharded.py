@@ -1,0 +1,425 @@
+"""A model split over processes by FSDP2 learns what one copied to each of them does."""
+
+import os
+from functools import partial
+
+import pytest
+import test_distributed
+import torch
+from conftest import (
+    LOCAL_LEARNING,
+    build_classifier,
+    build_restorer,
+    build_wrapper,
+    image_pairs,
+    labelled_images,
+)
+from mmengine.hooks import Hook
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import HOOKS
+from mmengine.utils.misc import apply_to
+from short_runs import build_runner, different, last_checkpoint, train
+from test_distributed import in_processes, share
+
+from man_mm import FullyShardedModel
+from man_mm.engine.checks import check_model_wrapper, check_wrapper_type
+from man_mm.engine.distributed import is_sharded
+
+DDP = MMDistributedDataParallel
+ADAM = dict(type='AdamW', lr=1e-3, weight_decay=0.1)
+EXACT = {
+    'module': {},
+    'iteration': dict(
+        update='iteration',
+        optimizer=ADAM,
+        recompute=['backbone.layer2', 'backbone.layer4'],
+    ),
+    'bfloat16': dict(amp=dict(dtype='bfloat16'), micro_batch_size=2),
+    'float16': dict(amp=dict(dtype='float16', loss_scale=8.0)),
+    'end to end': dict(
+        partition=dict(type='CutPartition', cuts=[]),
+        clip_grad=dict(type='value', clip_value=1e-3),
+    ),
+}
+CLOSE = {
+    'accumulated': dict(
+        accumulate=2, optimizer=ADAM, clip_grad=dict(max_norm=1e-3, norm_type='inf')
+    ),
+    'clipped as one': dict(
+        clip_grad=dict(max_norm=1e-2), clip='global', update='iteration'
+    ),
+}
+close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def imported():
+    """Training once imports what each forked process would import by itself."""
+    model = build_classifier(18)
+    model.train_step(batches(1)[0], build_wrapper(model))
+
+
+def batches(count=2):
+    torch.manual_seed(7)
+    return [labelled_images(8, 32) for _ in range(count)]
+
+
+def train_steps(kind, rank, world, model, data, accumulate=1, **options):
+    """Trains on this rank's share; returns what rank 0 would save, and predictions."""
+    wrapped = kind(model)
+    torch.manual_seed(rank)  # heads differ before they are broadcast
+    wrapper = build_wrapper(wrapped, **options)
+    wrapper._accumulative_counts = accumulate
+    scores = []
+    for batch in data:
+        mine = share(batch, rank, world)
+        for part in range(accumulate):
+            wrapped.train_step(share(mine, part, accumulate), wrapper)
+        if hasattr(model, 'head'):
+            wrapped.eval()
+            scores += [sample.pred_score for sample in wrapped.val_step(mine)]
+            wrapped.train()
+    saved = dict(state_dict=model.state_dict(), optimizer=wrapper.state_dict())
+    if isinstance(wrapped, FullyShardedModel):
+        saved = wrapped.gather(wrapper)
+    copies = apply_to(saved, torch.is_tensor, torch.Tensor.clone)
+    return dict(copies['state_dict']), copies['optimizer'], scores
+
+
+def train_classifier(kind, rank, world, **options):
+    model = build_classifier(18)
+    if 'amp' not in options:
+        model.double()
+    return train_steps(kind, rank, world, model, batches(), **options)
+
+
+def train_both(rank, world, cases, kind=FullyShardedModel):
+    return {
+        name: [train_classifier(k, rank, world, **options) for k in (DDP, kind)]
+        for name, options in cases.items()
+    }
+
+
+def test_equals_data_parallel(tmp_path):
+    rank0, rank1 = in_processes(train_both, tmp_path, 2, EXACT | CLOSE)
+    for name in EXACT | CLOSE:
+        copied, sharded = rank0[name]
+        if name in EXACT:
+            assert not different(copied, sharded, name)
+        close(sharded, copied)
+        close(rank1[name][1][2], rank1[name][0][2])  # predictions
+    plain, clipped = rank0['module'][1], rank0['clipped as one'][1]
+    assert different(plain[0], clipped[0])  # control: what is compared does something
+
+
+@pytest.mark.parametrize('shard_size', [4, 2])
+def test_four_processes(tmp_path, shard_size):
+    """Four parts of one copy, and two parts of each of two copies."""
+    cases = {'clipped': dict(optimizer=ADAM, clip_grad=dict(max_norm=1e-3))}
+    kind = partial(FullyShardedModel, shard_size=shard_size)
+    rank0, *_ = in_processes(train_both, tmp_path, 4, cases, kind)
+    copied, sharded = rank0['clipped']
+    close(sharded, copied)
+
+
+def train_others(rank, world):
+    """Models with scalar parameters, with several heads, and with a global skip."""
+    results = {}
+    for name in ('atss', 'retinanet'):
+        data = test_distributed.batches(name)
+        build = partial(test_distributed.build, name)
+        results[name] = [
+            train_steps(kind, rank, world, build(), data, clip_grad=dict(max_norm=1.0))
+            for kind in (DDP, FullyShardedModel)
+        ]
+    pairs = [image_pairs(size=4, seed=seed) for seed in range(2)]
+    results['edsr'] = [
+        train_steps(kind, rank, world, build_restorer('edsr').double(), pairs)
+        for kind in (DDP, FullyShardedModel)
+    ]
+    return results
+
+
+def test_other_models(tmp_path):
+    rank0, _ = in_processes(train_others, tmp_path, 2)
+    for name, (copied, sharded) in rank0.items():
+        rtol = 1e-5 if name == 'retinanet' else 1e-9
+        torch.testing.assert_close(sharded, copied, rtol=rtol, atol=rtol)
+
+
+def train_apart(rank, world):
+    """Without a sum over ranks, of norms and then of gradients."""
+    norm = dict(clip_grad=dict(max_norm=1e-3))
+    right = train_classifier(FullyShardedModel, rank, world, **norm)
+    gather = torch.distributed.all_gather
+
+    def alone(outputs, own, group=None):
+        for output in outputs:
+            output.copy_(own)
+
+    torch.distributed.all_gather = alone
+    own_norm = train_classifier(FullyShardedModel, rank, world, **norm)
+    torch.distributed.all_gather = gather
+    shard = FullyShardedModel.shard
+
+    def shard_without_reducing(self, learner):
+        shard(self, learner)
+        for module in self.modules():
+            if hasattr(module, 'set_gradient_divide_factor'):
+                module.set_gradient_divide_factor(1.0)
+
+    FullyShardedModel.shard = shard_without_reducing
+    added = train_classifier(FullyShardedModel, rank, world)
+    return right, own_norm, added, train_classifier(DDP, rank, world)
+
+
+def test_control_without_averages(tmp_path):
+    rank0, _ = in_processes(train_apart, tmp_path, 2)
+    right, own_norm, added, averaged = rank0
+    assert different(right[0], own_norm[0])
+    assert different(averaged[0], added[0])
+
+
+def local_bytes(tensors):
+    """Bytes of the storages behind a process's parts."""
+    parts = [t.to_local() if is_sharded(t) else t for t in tensors]
+    storages = {part.untyped_storage().data_ptr(): part for part in parts}
+    return sum(part.untyped_storage().nbytes() for part in storages.values())
+
+
+def count_bytes(rank, world, kind):
+    """Bytes of weights, gradients and optimizer state, between steps."""
+    model = build_classifier(18)
+    wrapped = kind(model)
+    wrapper = build_wrapper(wrapped, update='iteration', optimizer=ADAM)
+    optimizer = wrapper.optimizer
+    counts = {}
+
+    def count(*_):
+        params = [p for group in optimizer.param_groups for p in group['params']]
+        counts['gradients'] = local_bytes([p.grad for p in params])
+
+    optimizer.register_step_pre_hook(count)
+    wrapped.train_step(share(batches(1)[0], rank, world), wrapper)
+    heads = wrapper.learner.heads.parameters()
+    counts['weights'] = local_bytes([*model.parameters(), *heads])
+    states = [v for state in optimizer.state.values() for v in state.values()]
+    counts['optimizer'] = local_bytes(states)
+    return counts
+
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_a_process_has_its_part(tmp_path, world):
+    copied = in_processes(count_bytes, tmp_path, world, DDP)[0]
+    for sharded in in_processes(count_bytes, tmp_path, world, FullyShardedModel):
+        for name, nbytes in copied.items():
+            assert sharded[name] == pytest.approx(nbytes / world, rel=0.05), name
+
+
+def follow_weights(rank, world):
+    """Modules that have their weights while each runs, and bytes sent in a step."""
+    model = build_classifier(18)
+    wrapped = FullyShardedModel(model)
+    wrapper = build_wrapper(wrapped)
+    seen, sent = [], {'gathered': 0, 'reduced': 0}
+    starts = [model.get_submodule(m.parts[0]) for m in wrapper.learner.modules]
+
+    def look(*_):
+        seen.append([not is_sharded(next(start.parameters())) for start in starts])
+
+    for start in starts:
+        start.register_forward_pre_hook(look)
+    model.head.register_forward_pre_hook(look)
+    for key, name in (
+        ('gathered', 'all_gather_into_tensor'),
+        ('gathered', 'all_gather_single'),
+        ('reduced', 'reduce_scatter_tensor'),
+        ('reduced', 'reduce_scatter_single'),
+    ):
+        if function := getattr(torch.distributed, name, None):
+            spy = partial(count_whole, function, key, sent)
+            setattr(torch.distributed, name, spy)
+    batch = share(batches(1)[0], rank, world)
+    wrapped.train_step(batch, wrapper)
+    trained, traffic = list(seen), dict(sent)
+    seen.clear()
+    with torch.no_grad():
+        wrapped.eval().val_step(batch)
+    params = [*model.parameters(), *wrapper.learner.heads.parameters()]
+    assert all(map(is_sharded, params))
+    return trained, seen, traffic, sum(p.nbytes for p in params)
+
+
+def count_whole(function, key, sent, *args, **kwargs):
+    tensors = filter(torch.is_tensor, (*args, *kwargs.values()))
+    sent[key] += max(tensor.nbytes for tensor in tensors)
+    return function(*args, **kwargs)
+
+
+def test_one_module_has_its_weights(tmp_path):
+    only = [[i == j for i in range(4)] for j in range(4)]
+    for trained, predicted, traffic, nbytes in in_processes(
+        follow_weights, tmp_path, 2
+    ):
+        assert trained == [*only, only[-1]]  # at the model's own head the last has
+        assert predicted == [*only, [False] * 4]
+        # Each weight is gathered once and each gradient reduced once.
+        for sent in traffic.values():
+            assert sent == pytest.approx(nbytes, rel=0.02)
+
+
+def train_in_other_ways(rank, world):
+    """With modules that compute in bfloat16, and with an offloaded optimizer."""
+    policy = dict(param_dtype='bfloat16', reduce_dtype='float32')
+    mixed = partial(FullyShardedModel, mixed_precision=policy)
+    kinds = dict(
+        plain=FullyShardedModel,
+        mixed=mixed,
+        offloaded=partial(FullyShardedModel, offload=True),
+    )
+    pairs = [image_pairs(size=4, seed=seed) for seed in range(3)]
+    learned = {
+        name: train_steps(kind, rank, world, build_restorer('edsr'), pairs)[0]
+        for name, kind in kinds.items()
+    }
+    with pytest.raises(ValueError, match='AmpLocalLearningOptimWrapper'):
+        build_wrapper(mixed(build_classifier(18)))
+    return learned
+
+
+def test_mixed_precision_and_offloading(tmp_path):
+    start = build_restorer('edsr').state_dict()
+    rank0, _ = in_processes(train_in_other_ways, tmp_path, 2)
+    plain, mixed, offloaded = rank0.values()
+    assert not different(plain, offloaded)
+    moves = [
+        torch.cat([(end[key] - start[key]).flatten() for key in start if 'body' in key])
+        for end in (plain, mixed)
+    ]
+    assert mixed.keys() == start.keys()
+    assert {value.dtype for value in mixed.values()} == {torch.float32}
+    assert not torch.equal(*moves)  # control
+    assert torch.cosine_similarity(*moves, dim=0) > 0.99
+
+
+def run(rank, world, folder):
+    """Runs of the runner, with validation: sharded and not, resumed each by each."""
+    os.environ['LOCAL_RANK'] = str(rank)
+    settings = dict(iters=4, custom_hooks=[], launcher='pytorch')
+    kind = dict(type='MMDistributedDataParallel', device_ids=None)
+    ddp = dict(settings, cfg=dict(model_wrapper_cfg=kind))
+    kind = dict(type='man_mm.FullyShardedModel')
+    sharded = dict(settings, cfg=dict(model_wrapper_cfg=kind))
+    train(folder / 'ddp', **ddp)
+    train(folder / 'sharded', **sharded)
+    train(folder / 'resumed', stop=3, **sharded)
+    train(folder / 'resumed', **sharded)
+    train(folder / 'copied', stop=3, **sharded)
+    train(folder / 'copied', **ddp)
+    train(folder / 'alone', stop=3, **sharded)
+
+
+def resume_on_four(rank, world, folder):
+    os.environ['LOCAL_RANK'] = str(rank)
+    config = dict(model_wrapper_cfg=dict(type='FullyShardedModel'))
+    settings = dict(iters=4, custom_hooks=[], launcher='pytorch', cfg=config)
+    runner = build_runner(folder / 'sharded', **settings)
+    runner.train()  # resumes at the end, in four processes
+    return runner.model.gather(runner.optim_wrapper)
+
+
+def test_checkpoints_and_resuming(tmp_path):
+    in_processes(run, tmp_path, 2, tmp_path)
+    whole = last_checkpoint(tmp_path / 'ddp')
+    for name in ('sharded', 'resumed', 'copied'):
+        other = last_checkpoint(tmp_path / name)
+        for key in ('state_dict', 'optimizer', 'param_schedulers', 'man_mm'):
+            assert not different(whole[key], other[key], key), name
+    early = torch.load(tmp_path / 'sharded/iter_2.pth', weights_only=True)
+    assert different(whole['state_dict'], early['state_dict'])  # control
+    plain = build_restorer('edsr', num_blocks=3, mid_channels=4)
+    assert list(plain.state_dict()) == list(whole['state_dict'])
+    plain.load_state_dict(last_checkpoint(tmp_path / 'sharded')['state_dict'])
+    sizes = [os.path.getsize(tmp_path / n / 'iter_4.pth') for n in ('ddp', 'sharded')]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)  # no hidden storage
+
+    alone = build_runner(tmp_path / 'alone', iters=4, custom_hooks=[])
+    alone.train()  # goes on in one process
+    four = in_processes(resume_on_four, tmp_path, 4, tmp_path)[0]
+    assert not different(whole['state_dict'], dict(four['state_dict']))
+    assert not different(whole['optimizer'], four['optimizer'])
+
+
+@HOOKS.register_module(force=True)
+class RashHook(Hook):
+    """Saves on rank 0 alone, as plain mmengine may."""
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        runner.save_checkpoint(runner.work_dir, 'rash.pth', save_optimizer=False)
+
+
+def errors(rank, world, folder):
+    """What each configuration is told, on one process with the launcher."""
+    os.environ['LOCAL_RANK'] = str(rank)
+    optimizer = dict(type='SGD', lr=0.1)
+    stock = dict(type='OptimWrapper', optimizer=optimizer)
+    saving = dict(checkpoint=dict(type='SafeCheckpointHook'))
+    plain = dict(
+        checkpoint=dict(type='CheckpointHook'),
+        memory_bank=dict(type='MemoryBankHook'),
+    )
+    no_bank = dict(
+        LOCAL_LEARNING,
+        optimizer=optimizer,
+        local_learning=dict(aux_head=dict(use_bank=False)),
+    )
+    cases = dict(
+        average=dict(custom_hooks=[dict(type='EMAHook')]),
+        compile=dict(cfg=dict(compile=True)),
+        wrapper=dict(optim_wrapper=stock, default_hooks=saving),
+        start=dict(optim_wrapper=no_bank, default_hooks=saving),
+        plain=dict(default_hooks=plain),
+        save=dict(custom_hooks=[dict(type='RashHook')]),
+        size=dict(wrapper_cfg=dict(shard_size=2)),
+        works={},
+        works_without_bank=dict(
+            optim_wrapper=no_bank,
+            default_hooks=dict(saving, sharding=dict(type='ShardingHook')),
+        ),
+    )
+    told = {}
+    for name, changes in cases.items():
+        kind = dict(changes.pop('wrapper_cfg', {}), type='FullyShardedModel')
+        cfg = dict(changes.pop('cfg', {}), model_wrapper_cfg=kind)
+        settings = dict(iters=1, custom_hooks=[], launcher='pytorch', cfg=cfg)
+        told[name] = ''
+        try:
+            train(folder / name, **{**settings, **changes})
+        except (ValueError, RuntimeError) as error:
+            told[name] = str(error)
+    return told
+
+
+def test_errors(tmp_path):
+    (told,) = in_processes(errors, tmp_path, 1, tmp_path)
+    assert 'remove EMAHook, or model_wrapper_cfg' in told['average']
+    assert 'remove compile' in told['compile']
+    assert "optim_wrapper.type='LocalLearningOptimWrapper'" in told['wrapper']
+    assert "dict(sharding=dict(type='ShardingHook'))" in told['start']
+    assert "default_hooks.checkpoint.type='SafeCheckpointHook'" in told['plain']
+    assert 'were not gathered for this checkpoint' in told['save']
+    assert 'shard_size=2 must divide' in told['size']
+    assert not told['works'] and not told['works_without_bank']  # control
+
+
+def test_one_process_is_refused():
+    with pytest.raises(ValueError, match='--launcher pytorch'):
+        FullyShardedModel(build_classifier(18))
+
+
+def test_other_wrappers_are_told_of_this_one():
+    line = r"model_wrapper_cfg=dict\(type='FullyShardedModel'"
+    with pytest.raises(ValueError, match=line):
+        check_model_wrapper(torch.nn.DataParallel(build_classifier(18)))
+    with pytest.raises(ValueError, match=line):
+        check_wrapper_type('DeepSpeedOptimWrapper')

@@ -128,7 +128,7 @@ KINDS = {
     'one bit': (flip, r'is damaged \(the checksum of .*/data/0 is wrong'),
     'random bytes': (write(os.urandom(999)), 'is not a file of torch.save'),
     'a web page': (write(b'<html>404</html>'), 'is not a file of torch.save'),
-    'zip of numpy': (archive, r'is not a file of torch.save \(.*data.pkl'),
+    'zip of numpy': (archive, r'is not a file of torch.save \(.*arr_0.npy'),
     'old torch': (old_format, r'is not a file of torch.save \(1.6 or later\)'),
     'code': (instead(lambda c: dict(c, more=Attack())), 'holds code, or objects'),
     'a list': (instead(lambda c: [c]), 'holds a list, not the dictionary'),

@@ -41,6 +41,9 @@ class ExactSteps:
             are used.
         weight: Weight of the local losses. Defaults to 0: an exact step.
 
+    Attributes:
+        under_way: The module that runs, or ran last.
+
     Examples:
         >>> import torch
         >>> from torch import nn
@@ -59,6 +62,7 @@ class ExactSteps:
     def __init__(self, learner: LocalLearner, weight: float = 0.0) -> None:
         self.learner = learner
         self.weight = weight
+        self.under_way = learner.modules[0]
         self._runs: list[SecondRun] = []
         self._order: Iterator[tuple[SecondRun, str]] = iter(())
         self._next: tuple[SecondRun, str] | None = None
@@ -167,6 +171,7 @@ class ExactSteps:
             if self._next != (run, part):  # an activation that is used again, say
                 return forward(x, *args, **kwargs)
             self._next = next(self._order, None)
+            self.under_way = run.module
             if run is self._runs[0] and part == run.parts[0] and x.requires_grad:
                 self._front = Front(x, self._front_owner(), self._grads)
             output = run.first(forward, x, *args, **kwargs)
@@ -188,6 +193,7 @@ class ExactSteps:
 
     def _replay(self, run: SecondRun, backward: Backward) -> None:
         module, front, modules = run.module, self._front, self.learner.modules
+        self.under_way = module
         entry = modules[module.index - 1].cut if module.index else ENTRY
         names = [name for name in (*run.ends, entry) if name in self._grads]
         grads = [self._grads.pop(name) for name in names]

@@ -188,8 +188,7 @@ class LocalLearner:
         """
         if len(self.heads) < len(self.modules) - 1:
             raise RuntimeError(
-                'Without auxiliary heads there are no local steps; take exact ones '
-                '(man_mm.core.ExactSteps).'
+                'Local steps need auxiliary heads; exact ones do not: see ExactSteps.'
             )
         self.start(targets)
         with ExitStack() as stack:

@@ -109,6 +109,40 @@ def check_saving(model: nn.Module) -> None:
         )
 
 
+def check_updates(update: str, clip: str, clips: bool) -> None:
+    """Refuses options of the update that are unknown or do not go together.
+
+    Args:
+        update: ``optim_wrapper.local_learning.update``.
+        clip: ``optim_wrapper.local_learning.clip``.
+        clips: Whether there is an ``optim_wrapper.clip_grad``.
+
+    Raises:
+        ValueError: If so; names the key and the fix.
+    """
+    for key, value, known in (
+        ('update', update, ('module', 'iteration', 'parameter')),
+        ('clip', clip, ('module', 'global')),
+    ):
+        if value not in known:
+            raise ValueError(
+                f'optim_wrapper.local_learning.{key} must be one of {known}, got '
+                f'{value!r}.'
+            )
+    if update == 'parameter' and clips:
+        raise ValueError(
+            "optim_wrapper.local_learning.update='parameter' frees gradients one by "
+            'one, but clip_grad needs those of a module at once: set '
+            "optim_wrapper.local_learning.update='module', or remove "
+            'optim_wrapper.clip_grad.'
+        )
+    if clip == 'global' and update != 'iteration':
+        raise ValueError(
+            "optim_wrapper.local_learning.clip='global' needs the gradients of all "
+            "modules at once: set optim_wrapper.local_learning.update='iteration'."
+        )
+
+
 def check_start(learner: LocalLearner, update: str) -> None:
     """Refuses to start what could not train, and warns of what trains differently.
 

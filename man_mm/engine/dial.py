@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from torch import nn
 from torch.optim import Optimizer
 
-from man_mm.core import ExactSteps, LocalLearner
+from man_mm.core import ExactSteps, LocalLearner, LocalModule
 
 
 class Dial:
@@ -52,18 +52,11 @@ class Dial:
             total: Iterations in total; negative if not known.
 
         Raises:
-            ValueError: If the share is of a training whose length is not known, or the
-                parameters are split over processes.
+            ValueError: If the share is of a training whose length is not known.
         """
         # One module is trained end to end in any case.
         if self.is_end_to_end or self.share is None or len(self.learner.modules) == 1:
             return
-        if any(hasattr(p, 'full_tensor') for p in self.learner.model.parameters()):
-            raise ValueError(
-                'optim_wrapper.local_learning.end_to_end_from does not work with '
-                'parameters that are split over processes: remove it, or '
-                'model_wrapper_cfg.'
-            )
         if 0 < self.share and total < 0:
             raise ValueError(
                 'optim_wrapper.local_learning.end_to_end_from is a share of the '
@@ -80,6 +73,11 @@ class Dial:
             message += f' The {heads} auxiliary heads and the memory bank are freed.'
         self.turn()
         print_log(message, 'current')
+
+    def module_under_way(self) -> LocalModule:
+        """The module that runs, or ran last."""
+        modules, done = self.learner.modules, len(self.learner.losses)
+        return self.steps.under_way if self.is_end_to_end else modules[done]
 
     def resume(self) -> None:
         """Turns for a checkpoint of a run that had turned.

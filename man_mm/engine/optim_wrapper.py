@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from man_mm.core import LocalLearner, LocalModule
 
-from .checks import check_model_wrapper, check_saving, check_start
+from .checks import check_model_wrapper, check_saving, check_start, check_updates
 from .dial import Dial
 from .distributed import average_gradients, is_sharded
 from .fully_sharded_model import reduce_after_backward
@@ -92,27 +92,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer, **kwargs)
-        for key, value, known in (
-            ('update', update, ('module', 'iteration', 'parameter')),
-            ('clip', clip, ('module', 'global')),
-        ):
-            if value not in known:
-                raise ValueError(
-                    f'optim_wrapper.local_learning.{key} must be one of {known}, got '
-                    f'{value!r}.'
-                )
-        if update == 'parameter' and self.clip_grad_kwargs:
-            raise ValueError(
-                "optim_wrapper.local_learning.update='parameter' frees gradients one "
-                'by one, but clip_grad needs those of a module at once: set '
-                "optim_wrapper.local_learning.update='module', or remove "
-                'optim_wrapper.clip_grad.'
-            )
-        if clip == 'global' and update != 'iteration':
-            raise ValueError(
-                "optim_wrapper.local_learning.clip='global' needs the gradients of all "
-                "modules at once: set optim_wrapper.local_learning.update='iteration'."
-            )
+        check_updates(update, clip, bool(self.clip_grad_kwargs))
         self.learner = learner
         self.update = update
         self.clip = clip
@@ -274,7 +254,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self._shape = tuple(getattr(inputs, 'shape', ()))
 
     def _explained(self):
-        return explains_out_of_memory(self.learner, self._measure, lambda: self._shape)
+        # What units cost is known of local steps only.
+        measure = None if self.dial.is_end_to_end else self._measure
+        return explains_out_of_memory(
+            self.learner, measure, lambda: self._shape, self.dial.module_under_way
+        )
 
     def _scaled(self, loss: Tensor, _module: LocalModule) -> Tensor:
         """The loss times the loss scale of its module, in mixed precision."""

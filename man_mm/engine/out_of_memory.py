@@ -19,6 +19,7 @@ def explains_out_of_memory(
     learner: LocalLearner,
     measure: Measure | None,
     shape: Callable[[], tuple[int, ...] | None],
+    under_way: Callable[[], LocalModule],
 ) -> Iterator[None]:
     """Adds to an out-of-memory error which module was running.
 
@@ -31,6 +32,7 @@ def explains_out_of_memory(
             the failed step is free again.
         shape: Gives the shape of the inputs, ``(N, C, H, W)`` for images; ``()`` if
             they are no tensor, and None before the model has got them.
+        under_way: Gives the module that was running.
 
     Raises:
         RuntimeError: Of the error's own type, in its place.
@@ -42,8 +44,7 @@ def explains_out_of_memory(
             raise
         # The maps of the failed step live in the frames of its traceback.
         traceback.clear_frames(error.__traceback__)
-        module = learner.modules[len(learner.losses)]
-        message = _explain(learner, module, measure, shape())
+        message = _explain(learner, under_way(), measure, shape())
         raise type(error)(f'{message}\n{error}') from None
 
 

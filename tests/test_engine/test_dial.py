@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import LOCAL_LEARNING, build_classifier, build_wrapper, labelled_images
 from mmengine.logging import MMLogger
-from short_runs import build_runner, differences, different, train
+from short_runs import differences, different, train
 
 torch.set_num_threads(1)
 
@@ -96,7 +96,7 @@ def test_accumulated_gradients_are_of_one_kind():
 # Resuming.
 
 
-def settings(share=0.5, weight=0.0):
+def settings(share=0.3, weight=0.0):
     local = dict(end_to_end_from=share, local_loss_weight=weight)
     wrapper = dict(LOCAL_LEARNING, optimizer=ADAMW, local_learning=local)
     return dict(optim_wrapper=wrapper, iters=6)
@@ -105,16 +105,23 @@ def settings(share=0.5, weight=0.0):
 @pytest.mark.parametrize('weight', [0.0, 0.1])
 def test_resuming_across_the_change_is_bitwise(tmp_path, weight):
     whole = train(tmp_path / 'whole', **settings(weight=weight))
-    for stop in (3, 5):  # before and after it has changed
+    for stop in (2, 5):  # it changes behind the second iteration
         work_dir = tmp_path / str(stop)
-        train(work_dir, stop=stop, **settings(weight=weight))
+        stopped = train(work_dir, stop=stop, **settings(weight=weight))
+        local = stopped['optimizer']['local_learning']
+        assert local['end_to_end'] == (stop == 5)
+        assert bool(local['heads']) == (stop == 2 or weight > 0)
         assert differences(whole, train(work_dir, **settings(weight=weight))) == []
     other = train(tmp_path / 'local', **settings(share=None))  # control
     assert different(whole['state_dict'], other['state_dict'])
 
 
-def test_a_checkpoint_of_end_to_end_steps_is_not_resumed_by_local_ones(tmp_path):
-    train(tmp_path, stop=5, **settings())
-    runner = build_runner(tmp_path, **settings(share=None))
+def test_a_checkpoint_of_end_to_end_steps_is_not_resumed_by_local_ones():
+    model, wrapper = build(0.5)
+    step(model, wrapper, 3)
+    _, local = build(None)
     with pytest.raises(ValueError, match='resume it with the .*end_to_end_from'):
-        runner.train()
+        local.load_state_dict(wrapper.state_dict())
+    _, same = build(0.5)  # control
+    same.load_state_dict(wrapper.state_dict())
+    assert same.dial.is_end_to_end and not list(same.learner.heads)

@@ -309,6 +309,7 @@ def test_out_of_memory_on_one_rank_ends_all(tmp_path):
         wrapper.learner,
         lambda shape: (tmp_path / 'control').touch(),
         lambda: (2, 3, 8, 8),
+        wrapper.dial.module_under_way,
     )
     with pytest.raises(torch.OutOfMemoryError), explained:
         run_out_of_memory()

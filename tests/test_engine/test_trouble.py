@@ -138,6 +138,14 @@ def test_out_of_memory_in_the_last_module(model):
         model.train_step(batch_of(), wrapper)
 
 
+def test_out_of_memory_in_a_second_run(model):
+    wrapper = build_wrapper(model, end_to_end_from=0)
+    model.backbone.layer3[0].conv1.weight.register_hook(run_out_of_cuda_memory)
+    message = out_of_memory(model, wrapper)
+    assert "module3 of 4 ('backbone.layer3.0' to 'backbone.layer3.1')" in message
+    assert 'predicted' not in message  # for local steps
+
+
 def out_of_memory(model, wrapper, batch=None):
     with pytest.raises(torch.OutOfMemoryError) as caught:
         model.train_step(batch or batch_of(), wrapper)

@@ -9,7 +9,7 @@ from os.path import relpath
 from pathlib import Path
 from typing import NamedTuple
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 from rich.console import Console
 from torch import nn
@@ -60,7 +60,7 @@ def end_to_end(measure: Measure, shape: tuple[int, ...]) -> PlannedModule:
 def planned_config(cfg: Config, cuts: list[str]) -> Config:
     """A copy of a config that cuts there."""
     cfg = copy.deepcopy(cfg)  # Config.copy is shallow
-    local = cfg.optim_wrapper.setdefault('local_learning', {})
+    local = cfg.optim_wrapper.setdefault('local_learning', ConfigDict())
     local.partition = dict(type='CutPartition', cuts=cuts)
     return cfg
 

@@ -57,6 +57,13 @@ class FullyShardedModel(nn.Module):
     Raises:
         ImportError: If torch has no ``fully_shard``; it is there from 2.6 on.
         ValueError: If there is no process group, or an option does not fit.
+
+    Examples:
+        >>> from mmengine.registry import MODEL_WRAPPERS
+        >>> import man_mm
+        >>> model_wrapper_cfg = dict(type='FullyShardedModel', shard_size=8)
+        >>> MODEL_WRAPPERS.get(model_wrapper_cfg['type']).__name__
+        'FullyShardedModel'
     """
 
     def __init__(

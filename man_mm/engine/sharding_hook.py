@@ -19,6 +19,13 @@ class ShardingHook(Hook):
 
     `MemoryBankHook` brings it. Saving is left to `SafeCheckpointHook`, which lets all
     processes take part.
+
+    Examples:
+        >>> from mmengine.registry import HOOKS
+        >>> import man_mm
+        >>> default_hooks = dict(sharding=dict(type='ShardingHook'))
+        >>> type(HOOKS.build(default_hooks['sharding'])).__name__
+        'ShardingHook'
     """
 
     priority = 'VERY_HIGH'

@@ -17,6 +17,7 @@ from man_mm.core import MemoryBank
 
 from .base import AuxSite, in_full_precision
 from .pyramid import LocalPyramid
+from .sliced_assigner import SlicedAssigner
 
 _FINEST_STRIDE = 8
 _COARSEST_STRIDE = 128
@@ -73,6 +74,7 @@ class LightDetector(nn.Module):
             )
         )
         self.head.init_weights()
+        self.head.assigner = SlicedAssigner(self.head.assigner)
         self.head.register_forward_hook(in_full_precision)
         self.assign = self.head.get_targets
         self.head.get_targets = self._get_targets

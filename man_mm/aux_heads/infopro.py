@@ -150,9 +150,8 @@ def contrastive_loss(features: Tensor, labels: Tensor) -> Tensor:
     itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
     scores = (rows @ rows.T / _TEMPERATURE).masked_fill(itself, -torch.inf)
     pairs = (labels[:, None] == labels) & ~itself
-    if not pairs.any():
-        return features.sum() * 0
-    return -scores.log_softmax(1)[pairs].mean()
+    logs = scores.log_softmax(1).masked_fill(~pairs, 0)
+    return -logs.sum() / pairs.sum().clamp(min=1)
 
 
 def _labels(targets: Any) -> Tensor:

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from man_mm.core import LocalLearner, LocalModule
 
-from .optim_wrapper import LocalLearningOptimWrapper, only
+from .optim_wrapper import LocalLearningOptimWrapper
+from .optimizers import only
 
 _DTYPES = ('float16', 'bfloat16')
 
@@ -159,17 +160,16 @@ class AmpLocalLearningOptimWrapper(LocalLearningOptimWrapper):
         one = torch.ones((), device=grad.device)
         return grad * (last.scale(one) / first.scale(one))
 
-    def _check_and_clip(self, module: LocalModule) -> bool:
+    def _check_and_clip(self, module: LocalModule) -> None:
         scaler = self.scalers[module.index]
         params = self._with_grad(module)
-        if not scaler.is_enabled() or not params:
-            return super()._check_and_clip(module)
-        with only(self.optimizer, set(params)):
-            scaler.unscale_(self.optimizer)
-        finite = super()._check_and_clip(module)
-        self._log(f'{module.name}/loss_scale', scaler.get_scale())
-        scaler.update(self._fixed_scale)
-        return finite
+        if scaler.is_enabled() and params:
+            with only(self.optimizer, params):
+                scaler.unscale_(self.optimizer)
+            scale = scaler.scale(torch.ones((), device=params[0].device))
+            self._scalars[f'{module.name}/loss_scale'] = scale
+            scaler.update(self._fixed_scale)
+        super()._check_and_clip(module)
 
 
 def _scaler_options(loss_scale: str | float | dict[str, Any]) -> dict[str, Any]:

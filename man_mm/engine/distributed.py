@@ -41,8 +41,10 @@ def average_gradients(params: Sequence[nn.Parameter]) -> Callable[[], None]:
 
 
 def _start(params: Sequence[nn.Parameter]) -> Callable[[], None]:
-    first = params[0]
-    used = first.new_tensor([param.grad is not None for param in params])
+    unused = [index for index, param in enumerate(params) if param.grad is None]
+    used = params[0].new_ones(len(params))
+    for index in unused:
+        used[index] = 0
     # Zeros are as long as their parameters: other ranks may have these gradients.
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     flat = torch.cat([*(grad.flatten() for grad in grads), used])
@@ -55,9 +57,10 @@ def _start(params: Sequence[nn.Parameter]) -> Callable[[], None]:
         _waited(work)
         sizes = [param.numel() for param in params]
         *averages, is_used = flat.split([*sizes, len(params)])
-        pairs = zip(params, averages, is_used.tolist(), strict=True)
-        for param, average, share in pairs:
-            if share > 0:
+        # What this rank has used is used; only of the rest it has to read anything.
+        others = is_used.tolist() if unused else []
+        for index, (param, average) in enumerate(zip(params, averages, strict=True)):
+            if index not in unused or others[index] > 0:
                 param.grad = average.view_as(param)
 
     return wait

@@ -255,11 +255,11 @@ def reduce_after_backward(
 
     Args:
         learner: The learner that trains the module.
-        module: A module with an auxiliary head.
+        module: A module, whose auxiliary head counts too, if it has one.
         complete: Whether the next backward pass is the last one.
     """
     parts = [learner.model.get_submodule(part) for part in module.parts]
-    for part in (*parts, learner.heads[module.index]):
+    for part in (*parts, *learner.heads[module.index : module.index + 1]):
         if hasattr(part, 'set_requires_gradient_sync'):
             part.set_requires_gradient_sync(complete, recurse=False)
             part.set_reshard_after_backward(complete, recurse=False)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from mmengine import dist
 from mmengine import registry as root
-from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
@@ -22,12 +19,14 @@ from .checks import check_model_wrapper, check_saving, check_start, check_update
 from .dial import Dial
 from .distributed import average_gradients, is_sharded
 from .fully_sharded_model import reduce_after_backward
+from .optimizers import choose_update
 from .out_of_memory import Measure, explains_out_of_memory
+from .scalars import ScalarLog
 from .sharded_tensors import clip_norm, shard_optimizer_state, total_norm
+from .skips import Skips
+from .stepping import Stepper
 
 _UPDATE_BYTES = 2**20
-# More than a dynamic loss scale of 2**16 needs to come down to 1.
-_MOST_SKIPS = 25
 
 
 @root.OPTIM_WRAPPERS.register_module()
@@ -36,7 +35,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
 
     On several ranks, the gradients of a module are averaged while the next module
     runs. A module whose gradients are not finite is not updated in that iteration,
-    on no rank, and the others are.
+    on no rank, and the others are. Of all that, the host waits for the device once in
+    a step, at its end, and what is logged is read when it is printed.
 
     Built by `LocalLearningOptimWrapperConstructor`, which makes the learner and adds
     the auxiliary heads to the optimizer. With K = 1 it is mmengine's ``OptimWrapper``,
@@ -49,6 +49,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
             backward pass; ``'iteration'`` steps all modules at the end;
             ``'parameter'`` steps and frees each gradient as soon as it is complete,
             on one process and without ``clip_grad``. All give the same weights.
+            Optimizers that need all gradients at once, such as LAMB, get
+            ``'iteration'``, whatever is asked for.
             Defaults to ``'module'``.
         clip: ``'module'`` applies ``clip_grad`` to each module with its head alone;
             ``'global'`` to all together, which needs ``update='iteration'``.
@@ -94,14 +96,17 @@ class LocalLearningOptimWrapper(OptimWrapper):
         super().__init__(optimizer, **kwargs)
         check_updates(update, clip, bool(self.clip_grad_kwargs))
         self.learner = learner
-        self.update = update
+        self.update = choose_update(optimizer, update)
         self.clip = clip
         self.dial = Dial(learner, optimizer, end_to_end_from, local_loss_weight)
         self._syncs = True
         self._measure = measure
         self._shape: tuple[int, ...] | None = None
         self._under_way: tuple[LocalModule, Callable[[], None]] | None = None
-        self._skips: Counter[str] = Counter()
+        self._stepper = Stepper(optimizer)
+        self._skips = Skips(learner.modules)
+        self._log = ScalarLog(self.message_hub)
+        self._scalars: dict[str, Tensor] = {}
 
     def initialize_count_status(
         self, model: nn.Module, init_counts: int, max_counts: int
@@ -187,8 +192,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         Raises:
             RuntimeError: If something in front of the first unit never learns.
         """
-        modules = self.learner.modules
-        last = modules[-1]
+        last = self.learner.modules[-1]
         with self._explained():
             with self._updating(loss, last, self._syncs):
                 self.backward(self._scaled(self.scale_loss(loss), last))
@@ -197,13 +201,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             else:
                 self.learner.entry.check()
                 self._finish(last, self._syncs)
-        self._settle()
-        if self._syncs:
-            if self.update == 'iteration':
-                self._step(modules, **(step_kwargs or {}))
-            self.learner.updated()
-        for name, value in self.learner.losses.items():
-            self._log(f'{name}/loss', value)
+        self._end(self._syncs, **(step_kwargs or {}))
 
     def _replay(self) -> None:
         self.dial.steps.replay(self.local_backward)
@@ -272,19 +270,14 @@ class LocalLearningOptimWrapper(OptimWrapper):
         if self.update != 'parameter' or not complete:
             yield
             return
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f'The loss of {module.name} is {loss.item()}. With '
-                "optim_wrapper.local_learning.update='module' such an iteration is "
-                'skipped.'
-            )
+        self._stepper.flag(module.name, loss.detach().isfinite())
         ready: list[nn.Parameter] = []
 
         def collect(param: nn.Parameter) -> None:
             ready.append(param)
             # A call of the optimizer has its price, so small gradients wait.
             if sum(p.grad.nbytes for p in ready) >= _UPDATE_BYTES:
-                self._step_params(set(ready))
+                self._stepper.step_if_finite(module.name, ready)
                 ready.clear()
 
         with ExitStack() as stack:
@@ -303,52 +296,77 @@ class LocalLearningOptimWrapper(OptimWrapper):
         wait = average_gradients(self.learner.params(module))
         self._settle()
         self._under_way = module, wait
-        if dist.get_world_size() == 1:
+        ends = module.index == 0 if self.dial.is_end_to_end else module.is_last
+        if dist.get_world_size() == 1 and not ends:
             self._settle()
 
     def _settle(self) -> None:
+        """Waits for the gradients of the module that is under way, and updates it."""
+        if module := self._arrived():
+            params = self._with_grad(module)
+            if self.update == 'module':
+                self._check_and_clip(module)
+            if self.update != 'iteration' and params:
+                self._stepper.step_if_finite(module.name, params)
+
+    def _arrived(self) -> LocalModule | None:
+        """The module that is under way, if there is one, once it has its gradients."""
         if self._under_way is None:
-            return
+            return None
         (module, wait), self._under_way = self._under_way, None
         wait()
-        if self.update == 'module':
-            self._step([module])
-        elif self.update == 'parameter':  # those that its last loss did not reach
-            self._step_params(set(self._with_grad(module)))
+        return module
 
-    def _step(self, modules: Sequence[LocalModule], **kwargs: Any) -> None:
-        finite = [module for module in modules if self._check_and_clip(module)]
-        params = [p for module in finite for p in self._with_grad(module)]
-        if self.clip == 'global' and params:
-            self._log('grad_norm', self._clip(params))
-        self._step_params(set(params), **kwargs)
-        for module in modules:
-            for param in self._with_grad(module):  # of those that were skipped
-                param.grad = None
+    def _end(self, update: bool, **kwargs: Any) -> None:
+        """Ends an iteration: updates what is left, tells what was skipped, logs.
 
-    def _step_params(self, params: set[nn.Parameter], **kwargs: Any) -> None:
-        with only(self.optimizer, params):
-            self.optimizer.step(**kwargs)
-        for param in params:
-            param.grad = None
+        Args:
+            update: Whether it updates, or accumulates gradients.
+            **kwargs: Arguments of ``optimizer.step``.
+        """
+        module = self._arrived()
+        if update:
+            left = [] if module is None else [module]
+            if self.update == 'iteration':
+                left = self.learner.modules
+            if self.update != 'parameter':
+                for module in left:
+                    self._check_and_clip(module)
+            finite = self._stepper.read()
+            self._skips.report(finite, self.update)
+            params = [
+                param
+                for module in left
+                for param in self._with_grad(module)
+                if finite.get(module.name, True)
+            ]
+            if self.clip == 'global' and params:
+                self._scalars['grad_norm'] = self._clip(params)
+            self._stepper.step(params, **kwargs)
+            for module in left:
+                for param in self._with_grad(module):  # of those that are skipped
+                    param.grad = None
+            for name in [name for name, is_finite in finite.items() if not is_finite]:
+                self._scalars.pop(f'{name}/grad_norm', None)
+            self.learner.updated()
+        for name, value in self.learner.losses.items():
+            self._scalars[f'{name}/loss'] = value
+        self._log.add({f'train/{k}': value for k, value in self._scalars.items()})
+        self._scalars = {}
 
     def _with_grad(self, module: LocalModule) -> list[nn.Parameter]:
         params = self.learner.params(module)
         return [param for param in params if param.grad is not None]
 
-    def _check_and_clip(self, module: LocalModule) -> bool:
-        """Whether a module's gradients are finite, which all ranks agree on."""
+    def _check_and_clip(self, module: LocalModule) -> None:
+        """Finds out, on the device, whether gradients are finite; ranks agree on it."""
         params = self._with_grad(module)
         if not params:
-            return True
+            return
         norm = self._norm(params) if self.clip == 'global' else self._clip(params)
-        if not norm.isfinite():
-            self._skip(module)
-            return False
-        self._skips[module.name] = 0
+        self._stepper.flag(module.name, norm.isfinite())
         if self.clip == 'module':
-            self._log(f'{module.name}/grad_norm', norm)
-        return True
+            self._scalars[f'{module.name}/grad_norm'] = norm
 
     def _clip(self, params: Sequence[nn.Parameter]) -> Tensor:
         """Clips gradients, if so configured; returns their norm before."""
@@ -362,39 +380,3 @@ class LocalLearningOptimWrapper(OptimWrapper):
 
     def _norm(self, params: Sequence[nn.Parameter]) -> Tensor:
         return total_norm([param.grad for param in params])
-
-    def _skip(self, module: LocalModule) -> None:
-        self._skips[module.name] += 1
-        if self._skips[module.name] > _MOST_SKIPS:
-            raise FloatingPointError(
-                f'The gradients of {module.name} (up to {module.cut!r}) were not '
-                f'finite in {_MOST_SKIPS} iterations on end. It was not updated since, '
-                'so the latest checkpoint is sound: resume it with a lower '
-                'optim_wrapper.optimizer.lr, a longer warm-up or '
-                'optim_wrapper.clip_grad.'
-            )
-        print_log(
-            f'{module.name} (up to {module.cut!r}) has gradients that are not finite: '
-            'it is not updated in this iteration.',
-            'current',
-            logging.WARNING,
-        )
-
-    def _log(self, name: str, value: Tensor) -> None:
-        self.message_hub.update_scalar(f'train/{name}', value)
-
-
-@contextmanager
-def only(optimizer: Optimizer, params: set[nn.Parameter]) -> Iterator[None]:
-    """Limits an optimizer to some parameters: others may hold unfinished gradients."""
-    groups = optimizer.param_groups
-    everything = [group['params'] for group in groups]
-    try:
-        for group in groups:
-            group['params'] = [p for p in group['params'] if p in params]
-        optimizer.param_groups = [group for group in groups if group['params']]
-        yield
-    finally:
-        optimizer.param_groups = groups
-        for group, all_params in zip(groups, everything, strict=True):
-            group['params'] = all_params

@@ -1,0 +1,159 @@
+"""Stepping a module only if its gradients are finite, without waiting for that."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .optimizers import only
+
+# What is kept to undo a step is as large as parameters and state of this many bytes.
+_CHUNK_BYTES = 2**24
+
+
+class Stepper:
+    """Steps the parameters of modules, unless their gradients are not finite.
+
+    Whether they are is known on the device first, and reading it would make the host
+    wait. So a module is stepped in any case, a few parameters at a time, and where its
+    flag is false, parameters and state get their values back. The flags of all modules
+    are read at once, by `read`.
+
+    Args:
+        optimizer: An optimizer that treats each element by itself, unless
+            `step_if_finite` is not called.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._flags: dict[str, Tensor] = {}
+        self._stateless: set[nn.Parameter] = set()
+        # State on other devices than the flags, such as Adam's counts of steps.
+        self._elsewhere: list[tuple[str, Tensor, Tensor]] = []
+
+    def flag(self, name: str, is_finite: Tensor) -> None:
+        """Notes whether gradients of a module are finite, until `read` is called.
+
+        Args:
+            name: Name of the module.
+            is_finite: A truth value on its device, the same on all ranks.
+        """
+        others = self._flags.get(name)
+        self._flags[name] = is_finite if others is None else others & is_finite
+
+    def read(self) -> dict[str, bool]:
+        """Waits for the flags of all modules, the only time in a step.
+
+        Returns:
+            Whether the gradients of a module were finite, by its name.
+        """
+        values = torch.stack([*self._flags.values()]).tolist() if self._flags else []
+        finite = dict(zip(self._flags, values, strict=True))
+        for name, tensor, before in self._elsewhere:
+            if not finite[name]:
+                tensor.copy_(before)
+        self._flags.clear()
+        self._elsewhere.clear()
+        return finite
+
+    def step(self, params: Sequence[nn.Parameter], **kwargs: Any) -> None:
+        """Steps some parameters, and frees their gradients.
+
+        Args:
+            params: Parameters with gradients.
+            **kwargs: Arguments of ``optimizer.step``.
+        """
+        with only(self._optimizer, params):
+            self._optimizer.step(**kwargs)
+        state = self._optimizer.state
+        self._stateless.update(param for param in params if not state.get(param))
+        for param in params:
+            param.grad = None
+
+    def step_if_finite(self, name: str, params: Sequence[nn.Parameter]) -> None:
+        """Steps parameters of a module if its flag is true; frees their gradients.
+
+        A step that makes the state of a parameter waits for the flag: there is nothing
+        yet that could be given back.
+
+        Args:
+            name: Name of the module.
+            params: Parameters with gradients, all or some of the module's.
+        """
+        flag = self._flags[name]
+        known = [p in self._stateless or self._optimizer.state.get(p) for p in params]
+        if not all(known):
+            if flag:
+                self.step(params)
+            for param in params:
+                param.grad = None
+            return
+        for some in _chunks(params):
+            tensors = self._tensors(some)
+            here = [tensor for tensor in tensors if tensor.device == flag.device]
+            undo = [_Kept(group) for group in _by_dtype(here)]
+            self._elsewhere += [
+                (name, tensor, tensor.clone())
+                for tensor in tensors
+                if tensor.device != flag.device
+            ]
+            self.step(some)
+            for kept in undo:
+                kept.put_back_unless(flag)
+
+    def _tensors(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Parameters and what the optimizer keeps of them."""
+        states = [self._optimizer.state.get(param, {}).values() for param in params]
+        tensors = [x for x in chain(params, *states) if isinstance(x, Tensor)]
+        return [_local(tensor.detach()) for tensor in tensors]
+
+
+class _Kept:
+    """Values of tensors of one dtype, in one piece: few calls, however many tensors."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._before = _joined(tensors)
+
+    def put_back_unless(self, flag: Tensor) -> None:
+        values = torch.where(flag, _joined(self._tensors), self._before)
+        parts = values.split([tensor.numel() for tensor in self._tensors])
+        torch._foreach_copy_(
+            self._tensors,
+            [part.view(t.shape) for part, t in zip(parts, self._tensors, strict=True)],
+        )
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    groups = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.dtype].append(tensor)
+    return [*groups.values()]
+
+
+def _chunks(params: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    some: list[nn.Parameter] = []
+    nbytes = 0
+    for param in params:
+        if some and nbytes + param.nbytes > _CHUNK_BYTES:
+            yield some
+            some, nbytes = [], 0
+        some.append(param)
+        nbytes += param.nbytes
+    if some:
+        yield some
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor

@@ -25,7 +25,8 @@ from man_mm import FullyShardedModel
 from man_mm.engine.checks import check_model_wrapper, check_wrapper_type
 from man_mm.engine.distributed import is_sharded
 
-DDP = MMDistributedDataParallel
+# As mmengine's runner makes it.
+DDP = partial(MMDistributedDataParallel, broadcast_buffers=False)
 ADAM = dict(type='AdamW', lr=1e-3, weight_decay=0.1)
 EXACT = {
     'module': {},

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from man_mm.core import LocalLearner, LocalModule
 
 from .optim_wrapper import LocalLearningOptimWrapper
-from .optimizers import only
+from .optimizers import optimizer_limited_to
 
 _DTYPES = ('float16', 'bfloat16')
 
@@ -164,7 +164,7 @@ class AmpLocalLearningOptimWrapper(LocalLearningOptimWrapper):
         scaler = self.scalers[module.index]
         params = self._with_grad(module)
         if scaler.is_enabled() and params:
-            with only(self.optimizer, params):
+            with optimizer_limited_to(self.optimizer, params):
                 scaler.unscale_(self.optimizer)
             scale = scaler.scale(torch.ones((), device=params[0].device))
             self._scalars[f'{module.name}/loss_scale'] = scale

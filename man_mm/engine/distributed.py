@@ -54,7 +54,7 @@ def _start(params: Sequence[nn.Parameter]) -> Callable[[], None]:
     work = torch.distributed.all_reduce(flat, async_op=True)
 
     def wait() -> None:
-        _waited(work)
+        _wait_for(work)
         sizes = [param.numel() for param in params]
         *averages, is_used = flat.split([*sizes, len(params)])
         # What this rank has used is used; only of the rest it has to read anything.
@@ -70,7 +70,7 @@ def _nothing() -> None:
     pass
 
 
-def _waited(work: Any) -> None:
+def _wait_for(work: Any) -> None:
     """Waits for a collective operation.
 
     Raises:

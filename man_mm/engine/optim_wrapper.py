@@ -294,13 +294,13 @@ class LocalLearningOptimWrapper(OptimWrapper):
         if not update:
             return
         wait = average_gradients(self.learner.params(module))
-        self._settle()
+        self._update_under_way()
         self._under_way = module, wait
         ends = module.index == 0 if self.dial.is_end_to_end else module.is_last
         if dist.get_world_size() == 1 and not ends:
-            self._settle()
+            self._update_under_way()
 
-    def _settle(self) -> None:
+    def _update_under_way(self) -> None:
         """Waits for the gradients of the module that is under way, and updates it."""
         if module := self._arrived():
             params = self._with_grad(module)

@@ -68,7 +68,7 @@ def choose_update(optimizer: optim.Optimizer, update: str) -> str:
 
 
 @contextmanager
-def only(
+def optimizer_limited_to(
     optimizer: optim.Optimizer, params: Collection[nn.Parameter]
 ) -> Iterator[None]:
     """Limits an optimizer to some parameters: others may hold unfinished gradients.

@@ -15,7 +15,7 @@ _MOST_SKIPS = 25
 
 
 class Skips:
-    """Counts the iterations on end in which a module was not updated.
+    """Counts the consecutive iterations in which a module was not updated.
 
     Args:
         modules: All modules.
@@ -53,7 +53,8 @@ class Skips:
         if self._counts[name] > _MOST_SKIPS:
             raise FloatingPointError(
                 f'The gradients of {name} (up to {self._cuts[name]!r}) were not finite '
-                f'in {_MOST_SKIPS} iterations on end. It was not updated since, so the '
+                f'in {_MOST_SKIPS} consecutive iterations. '
+                'It has not been updated since, so the '
                 'latest checkpoint is sound: resume it with a lower '
                 'optim_wrapper.optimizer.lr, a longer warm-up or '
                 'optim_wrapper.clip_grad.'

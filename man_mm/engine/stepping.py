@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .optimizers import only
+from .optimizers import optimizer_limited_to
 
 # What is kept to undo a step is as large as parameters and state of this many bytes.
 _CHUNK_BYTES = 2**24
@@ -69,7 +69,7 @@ class Stepper:
             params: Parameters with gradients.
             **kwargs: Arguments of ``optimizer.step``.
         """
-        with only(self._optimizer, params):
+        with optimizer_limited_to(self._optimizer, params):
             self._optimizer.step(**kwargs)
         state = self._optimizer.state
         self._stateless.update(param for param in params if not state.get(param))

@@ -150,7 +150,10 @@ def seed(runner: Runner, iteration: int) -> None:
 def _seed_all(value: int) -> None:
     random.seed(value)
     np.random.seed(value)
-    torch.manual_seed(value)
+    # torch.manual_seed asks every kind of device, which takes a millisecond.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
 
 
 def _restart_workers(loader: DataLoader) -> None:

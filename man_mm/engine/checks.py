@@ -103,8 +103,8 @@ def check_saving(model: nn.Module) -> None:
     """
     if isinstance(model, FullyShardedModel) and not model.can_save:
         raise ValueError(
-            'Checkpoints of a FullyShardedModel are gathered by ShardingHook, which '
-            'comes with MemoryBankHook; neither is configured. Add to the config:\n'
+            'Checkpoints of a FullyShardedModel are gathered by ShardingHook, which is '
+            'not configured. Add to the config:\n'
             "    default_hooks = dict(sharding=dict(type='ShardingHook'))"
         )
 

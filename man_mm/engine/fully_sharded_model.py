@@ -29,10 +29,14 @@ class FullyShardedModel(nn.Module):
 
     It applies ``torch.distributed.fsdp.fully_shard`` to each local module, each
     auxiliary head, and the model's neck and heads. The weights of a module are gathered
-    for its forward pass and freed after its backward pass, which follows at once. This
-    line of a config uses it, with ``--launcher pytorch``::
+    for its forward pass and freed after its backward pass, which follows at once. These
+    lines of a config use it, with ``--launcher pytorch``::
 
         model_wrapper_cfg = dict(type='FullyShardedModel')
+        default_hooks = dict(
+            sharding=dict(type='ShardingHook'),
+            checkpoint=dict(type='SafeCheckpointHook'),
+        )
 
     `LocalLearningOptimWrapperConstructor` shards the model when it has cut it. Before
     that, as for testing alone, the model is whole.

@@ -13,15 +13,11 @@ from man_mm.core import MemoryBank
 
 from .checks import check_wrapper_type
 from .distributed import average_tensors
-from .fully_sharded_model import FullyShardedModel
-from .sharding_hook import ShardingHook
 
 
 @root.HOOKS.register_module()
 class MemoryBankHook(Hook):
     """Adds a `MemoryBank` to the run, keeps it equal on all ranks, logs its bytes.
-
-    For a `FullyShardedModel` it also brings in `ShardingHook`.
 
     Args:
         long_term: Whether the bank keeps long-term memory. Defaults to True.
@@ -46,11 +42,6 @@ class MemoryBankHook(Hook):
         learner = runner.optim_wrapper.learner
         if learner.heads:
             learner.bank = self.bank
-        is_there = any(isinstance(hook, ShardingHook) for hook in runner.hooks)
-        if isinstance(runner.model, FullyShardedModel) and not is_there:
-            hook = ShardingHook()
-            runner.register_hook(hook)
-            hook.before_run(runner)  # it comes too late for the runner to do so
 
     def after_train_iter(
         self,

@@ -17,7 +17,7 @@ from .fully_sharded_model import FullyShardedModel
 class ShardingHook(Hook):
     """Saves a `FullyShardedModel` as a whole; other models are left alone.
 
-    `MemoryBankHook` brings it. Saving is left to `SafeCheckpointHook`, which lets all
+    Saving is left to `SafeCheckpointHook`, which lets all
     processes take part.
 
     Examples:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from mmdet.models.task_modules.assigners import ATSSAssigner
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,6 +27,11 @@ START, END = '<!-- crowded -->', '<!-- end of crowded -->'
 COUNTS = (1, 100, 1000)
 KINDS = {'RetinaNet': 'retinanet', 'ATSS': 'atss', 'Faster R-CNN': 'faster_rcnn'}
 LEVELS = [(32, 8), (16, 16), (8, 32)]
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    init_default_scope('mmdet')  # of the assigner's own parts
 
 
 def anchors():

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from plain_loop import build, load_digits_as_tensors
 
-from man_mm.core import ModulePipeline
+from man_mm.parallel import ModulePipeline
 
 
 def main(epochs=3, batch=64):

@@ -114,7 +114,7 @@ def test_metadata(wheel):
     assert extras == {'det', 'cls', 'sr', 'all', 'dev'}
     required = re.findall(r'^Requires-Dist: (.+)$', metadata, re.M)
     always = {Requirement(x).name for x in required if 'extra ==' not in x}
-    assert always == {'torch', 'mmengine', 'numpy', 'rich'}
+    assert always == {'torch', 'mmengine', 'numpy', 'rich', 'scipy'}
 
 
 @pytest.mark.parametrize('name', LISTS)

@@ -13,8 +13,11 @@ from torch.optim import Optimizer
 
 from .optimizers import optimizer_limited_to
 
-# What is kept to undo a step is as large as parameters and state of this many bytes.
-_CHUNK_BYTES = 2**24
+# What is kept to undo a step is as large as the state and these bytes of parameters, a
+# share of the module's at most, or as one parameter and its state.
+_CHUNK_BYTES = 2**20
+_SHARE = 16
+_SMALL = 2**14  # bytes of a tensor that is kept in one piece with others
 
 
 class Stepper:
@@ -97,7 +100,7 @@ class Stepper:
         for some in _chunks(params):
             tensors = self._tensors(some)
             here = [tensor for tensor in tensors if tensor.device == flag.device]
-            undo = [_Kept(group) for group in _by_dtype(here)]
+            undo = [_Kept(group) for group in _groups(here)]
             self._elsewhere += [
                 (name, tensor, tensor.clone())
                 for tensor in tensors
@@ -115,13 +118,17 @@ class Stepper:
 
 
 class _Kept:
-    """Values of tensors of one dtype, in one piece: few calls, however many tensors."""
+    """Values of one tensor, or of several of one dtype in one piece, for few calls."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._before = _joined(tensors)
+        self._before = _joined(tensors) if len(tensors) > 1 else tensors[0].clone()
 
     def put_back_unless(self, flag: Tensor) -> None:
+        if len(self._tensors) == 1:
+            (tensor,) = self._tensors
+            torch.where(flag, tensor, self._before, out=tensor)
+            return
         values = torch.where(flag, _joined(self._tensors), self._before)
         parts = values.split([tensor.numel() for tensor in self._tensors])
         torch._foreach_copy_(
@@ -134,18 +141,24 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    groups = defaultdict(list)
+def _groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Small tensors by their dtype, and each other one alone."""
+    small = defaultdict(list)
+    large = []
     for tensor in tensors:
-        groups[tensor.dtype].append(tensor)
-    return [*groups.values()]
+        if tensor.nbytes > _SMALL:
+            large.append([tensor])
+        else:
+            small[tensor.dtype].append(tensor)
+    return [*small.values(), *large]
 
 
 def _chunks(params: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    limit = min(_CHUNK_BYTES, sum(param.nbytes for param in params) // _SHARE)
     some: list[nn.Parameter] = []
     nbytes = 0
     for param in params:
-        if some and nbytes + param.nbytes > _CHUNK_BYTES:
+        if some and nbytes + param.nbytes > limit:
             yield some
             some, nbytes = [], 0
         some.append(param)

@@ -43,7 +43,7 @@ def test_the_planner_writes_a_config_that_trains(tmp_path):
     for cut in partition.cuts:
         assert f"        '{cut}',\n" in done.stdout
     base = load_config(DEMO)
-    base.optim_wrapper.local_learning.partition = partition
+    base.optim_wrapper.local_learning = dict(partition=partition)
     assert cfg.to_dict() == base.to_dict()
 
     torch.manual_seed(0)

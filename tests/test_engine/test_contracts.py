@@ -187,7 +187,13 @@ class TestMemory:
             batch = batch_of()
             model.train_step(batch, wrapper)
             wrapper.message_hub._log_scalars = {}
-            return measure_memory(lambda: model.train_step(batch, wrapper)).end
+
+            def step():
+                model.train_step(batch, wrapper)
+                for history in wrapper.message_hub.log_scalars.values():
+                    assert history.data  # as a logger reads it
+
+            return measure_memory(step).end
 
         cfg = detector_config(kind, 18)
         stock = build_optim_wrapper(

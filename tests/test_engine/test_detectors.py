@@ -18,6 +18,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch.nn.modules.batchnorm import _BatchNorm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / 'helpers'))
 from conftest import MMDET
 
 import man_mm
@@ -32,7 +33,6 @@ ARCHITECTURES = {
         'retinanet/retinanet_r50_fpn_1x_coco',
         'swin/retinanet_swin-t-p4-w7_fpn_1x_coco',
         'regnet/retinanet_regnetx-800MF_fpn_1x_coco',
-        'efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco',
     ],
     'FCOS': ['fcos/fcos_r50-caffe_fpn_gn-head_1x_coco'],
     'ATSS': ['atss/atss_r50_fpn_1x_coco'],

@@ -17,6 +17,7 @@ from mmengine.registry import DATASETS, HOOKS
 from mmengine.runner import FlexibleRunner, Runner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / 'helpers'))
 from conftest import LOCAL_LEARNING, build_classifier, labelled_images
 
 DOCUMENT = Path(__file__).parents[2] / 'docs/support.md'

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from man_mm.leaderboard.commands import present_command
 from man_mm.leaderboard.entries import read_entries
 from man_mm.leaderboard.site import build_site, make_rows
 
@@ -179,7 +180,8 @@ def test_a_page_has_curves_and_its_command(site, drivers):
     driver = drivers(1280)
     run = open_page(driver, site / f'entries/{entry["id"]}.html')
     assert len(find(driver, '.curves .line')) == 2  # its own, and the baseline's
-    assert run('document.getElementById("command").textContent') == entry['command']
+    command = run('document.getElementById("command").textContent')
+    assert command == present_command(entry['command'])
     (copy,) = find(driver, '#copy')
     copy.click()
     run('new Promise(done => setTimeout(done, 100))')

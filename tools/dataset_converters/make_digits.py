@@ -1,8 +1,6 @@
-"""Make a small COCO-format detection data set without downloading anything.
+"""Make a small detection data set of handwritten digits on photographs.
 
-Handwritten digits that scikit-learn ships are pasted on crops of photographs
-that scikit-image ships. Training and validation share no digit sample and no
-photograph.
+What it holds is described in man_mm/datasets/make_digits.py.
 """
 
 import argparse

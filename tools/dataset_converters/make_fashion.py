@@ -1,10 +1,6 @@
-"""Make Fashion-MNIST ready for mmpretrain without downloading anything.
+"""Make Fashion-MNIST ready for mmpretrain.
 
-The four files come from Debian's package dataset-fashion-mnist or from a folder of your
-own, and are unpacked to where mmpretrain's data set class reads them: 60,000 images
-for training and 10,000 for testing, 28×28 pixels, 10 classes. With --side, the images
-are reduced to fewer pixels, for comparisons without a GPU. Fashion-MNIST is under the
-MIT license (Zalando SE). For the settings, run it with --help.
+Its source and its licence are described in man_mm/datasets/make_fashion.py.
 """
 
 import argparse

@@ -1,21 +1,6 @@
-"""Make a super-resolution data set of photographs without downloading anything.
+"""Make a super-resolution data set of photographs.
 
-The photographs come from Python packages, from Debian packages or from folders
-of your own. The files are laid out as mmagic's DIV2K configs read them. Training
-and validation share no photograph. Licences of the photographs:
-
-- packages, scikit-image: CC0, public domain or, in its words, 'no known copyright
-  restrictions'. It states no licence for motorcycle_left.png, which is from the
-  Middlebury stereo benchmark of 2014.
-- packages, scikit-learn: CC BY 2.0. The authors are in its README.txt.
-- debian, lomiri-wallpapers-16.04: CC BY 4.0, CC BY-SA 4.0 or, for seeding, CC0.
-- debian, lomiri-wallpapers-20.04: CC BY-SA 3.0.
-- debian, mate-backgrounds: GPL-2+.
-- debian, plasma-workspace-wallpapers: GPL-2+ in its copyright file, LGPLv3 in the
-  metadata of each photograph.
-
-Who shares what is made of them must credit the authors that the copyright files
-name.
+man_mm/datasets/make_photos.py describes sources, their licences and the layout.
 """
 
 import argparse

@@ -1,11 +1,6 @@
-"""Make a COCO-format detection data set of Fashion-MNIST items on photographs.
+"""Make a detection data set of Fashion-MNIST items on photographs.
 
-Harder than the digits of make_digits: items of ten kinds that resemble each other,
-from 12 pixels to almost the whole image, rotated, tinted, and in each other's way. The
-items are those that make_fashion unpacks, the photographs those that scikit-image
-and scikit-learn ship; training and validation share neither. Boxes, areas and masks
-are those of the whole item, also where others hide a part of it; every annotation
-tells which share of it is visible. Run it with --help for the settings.
+What it holds is described in man_mm/datasets/make_scenes.py.
 """
 
 import argparse

@@ -24,9 +24,7 @@ from .out_of_memory import Measure, explains_out_of_memory
 from .scalars import ScalarLog
 from .sharded_tensors import clip_norm, shard_optimizer_state, total_norm
 from .skips import Skips
-from .stepping import Stepper
-
-_UPDATE_BYTES = 2**20
+from .stepping import Stepper, chunk_bytes, chunks
 
 
 @root.OPTIM_WRAPPERS.register_module()
@@ -271,12 +269,12 @@ class LocalLearningOptimWrapper(OptimWrapper):
             yield
             return
         self._stepper.flag(module.name, loss.detach().isfinite())
+        limit = chunk_bytes(self.learner.params(module))
         ready: list[nn.Parameter] = []
 
         def collect(param: nn.Parameter) -> None:
             ready.append(param)
-            # A call of the optimizer has its price, so small gradients wait.
-            if sum(p.grad.nbytes for p in ready) >= _UPDATE_BYTES:
+            if sum(p.nbytes for p in ready) >= limit:
                 self._stepper.step_if_finite(module.name, ready)
                 ready.clear()
 
@@ -306,8 +304,9 @@ class LocalLearningOptimWrapper(OptimWrapper):
             params = self._with_grad(module)
             if self.update == 'module':
                 self._check_and_clip(module)
-            if self.update != 'iteration' and params:
-                self._stepper.step_if_finite(module.name, params)
+            if self.update != 'iteration':
+                for some in chunks(params):
+                    self._stepper.step_if_finite(module.name, some)
 
     def _arrived(self) -> LocalModule | None:
         """The module that is under way, if there is one, once it has its gradients."""

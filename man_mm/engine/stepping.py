@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,11 +13,40 @@ from torch.optim import Optimizer
 
 from .optimizers import optimizer_limited_to
 
-# What is kept to undo a step is as large as the state and these bytes of parameters, a
-# share of the module's at most, or as one parameter and its state.
+# A call of the optimizer has its price, so small parameters are stepped together. What
+# is kept to undo a step is as large as these and their state.
 _CHUNK_BYTES = 2**20
-_SHARE = 16
+_SHARE = 16  # of a module, at most
 _SMALL = 2**14  # bytes of a tensor that is kept in one piece with others
+
+
+def chunk_bytes(params: Iterable[nn.Parameter]) -> int:
+    """Bytes of a module's parameters that are worth a call of the optimizer.
+
+    Args:
+        params: All parameters of the module.
+    """
+    return min(_CHUNK_BYTES, sum(param.nbytes for param in params) // _SHARE)
+
+
+def chunks(params: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Splits a module's parameters into what is stepped at once.
+
+    Args:
+        params: All parameters of the module.
+
+    Yields:
+        Some of them, in their order.
+    """
+    limit = chunk_bytes(params)
+    some: list[nn.Parameter] = []
+    for param in params:
+        some.append(param)
+        if sum(p.nbytes for p in some) >= limit:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 class Stepper:
@@ -87,7 +116,8 @@ class Stepper:
 
         Args:
             name: Name of the module.
-            params: Parameters with gradients, all or some of the module's.
+            params: Parameters with gradients, one of `chunks`: until they are
+                stepped, as many bytes are held, and as many as their state has.
         """
         flag = self._flags[name]
         known = [p in self._stateless or self._optimizer.state.get(p) for p in params]
@@ -97,18 +127,17 @@ class Stepper:
             for param in params:
                 param.grad = None
             return
-        for some in _chunks(params):
-            tensors = self._tensors(some)
-            here = [tensor for tensor in tensors if tensor.device == flag.device]
-            undo = [_Kept(group) for group in _groups(here)]
-            self._elsewhere += [
-                (name, tensor, tensor.clone())
-                for tensor in tensors
-                if tensor.device != flag.device
-            ]
-            self.step(some)
-            for kept in undo:
-                kept.put_back_unless(flag)
+        tensors = self._tensors(params)
+        here = [tensor for tensor in tensors if tensor.device == flag.device]
+        undo = [_Kept(group) for group in _groups(here)]
+        self._elsewhere += [
+            (name, tensor, tensor.clone())
+            for tensor in tensors
+            if tensor.device != flag.device
+        ]
+        self.step(params)
+        for kept in undo:
+            kept.put_back_unless(flag)
 
     def _tensors(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
         """Parameters and what the optimizer keeps of them."""
@@ -151,20 +180,6 @@ def _groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         else:
             small[tensor.dtype].append(tensor)
     return [*small.values(), *large]
-
-
-def _chunks(params: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    limit = min(_CHUNK_BYTES, sum(param.nbytes for param in params) // _SHARE)
-    some: list[nn.Parameter] = []
-    nbytes = 0
-    for param in params:
-        if some and nbytes + param.nbytes > limit:
-            yield some
-            some, nbytes = [], 0
-        some.append(param)
-        nbytes += param.nbytes
-    if some:
-        yield some
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from man_mm.aux_heads import find_sites
 from man_mm.backbones import find_units, probe
@@ -27,6 +28,7 @@ from .checks import (
     check_sharding,
     check_wrapper_type,
 )
+from .data_parallel import free_buckets
 from .distributed import broadcast_module
 from .fully_sharded_model import FullyShardedModel
 from .memory_patches import fold_patches, loss_patches, recompute_patches
@@ -148,6 +150,8 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 group['weight_decay'] = decay * self.options['aux_decay_mult']
             groups.append(group)
         optimizer = root.OPTIMIZERS.build({**self.optimizer_cfg, 'params': groups})
+        if isinstance(wrapped, DistributedDataParallel):
+            free_buckets(wrapped)
         return root.OPTIM_WRAPPERS.build(
             self.optim_wrapper_cfg,
             default_args=dict(

@@ -159,6 +159,7 @@ def test_stock_config_by_options_alone(digits, tmp_path):
         assert ('resumed epoch: 1, iter: 1' in output) == (epoch == 2)
 
 
+@pytest.mark.slow
 def test_super_resolution_with_mmagic(tmp_path):
     """Trained by the config for DIV2K, tested by a config without local learning."""
     photos = make_photos(tmp_path / 'photos', scales=(2,))
@@ -200,6 +201,7 @@ def test_super_resolution_with_mmagic(tmp_path):
     assert scores['PSNR'] == trained['PSNR'] > 5
 
 
+@pytest.mark.slow
 def test_classification_with_mmpretrain(tmp_path):
     """Trained by local learning, tested by the config without it."""
     data = tiny_fashion(tmp_path / 'original')

@@ -176,8 +176,8 @@ def check_preview(cfg, checkpoint):
 def test_a_stopped_run_goes_on_where_it_was(photos, tmp_path):
     """Its result is that of a run that was never stopped."""
     # Long enough that it cannot end before it is seen to have begun.
-    options = [*options_for(photos), 'train_cfg.max_iters=200']
-    options += ['train_cfg.val_interval=200', 'default_hooks.checkpoint.interval=20']
+    options = [*options_for(photos), 'train_cfg.max_iters=60']
+    options += ['train_cfg.val_interval=60', 'default_hooks.checkpoint.interval=5']
     options += ['log_processor.window_size=1']  # averages start anew in a resumed run
     entry = ComparedConfig('MAN', CONFIG.format('man', 'man_'), tuple(options))
     whole, stopped = (

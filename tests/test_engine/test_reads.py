@@ -37,10 +37,9 @@ ROWS = {
     'K = 7': dict(num_modules=7),
     'K = 16': dict(num_modules=16),
     'K = 7, `MomentumHead`': dict(num_modules=7, head='MomentumHead'),
-    'K = 16, `MomentumHead`': dict(num_modules=16, head='MomentumHead'),
 }
 STOCK = 2
-WARM_UP = 2  # the first step of an optimizer waits: there is no state to go back to
+WARM_UP = 1  # the first step of an optimizer waits: there is no state to go back to
 
 
 def build(num_modules, head='MANHead', wrap=lambda model: model, **options):

@@ -34,7 +34,7 @@ def make_records(
     """What is stored of each scheme.
 
     Args:
-        results: What `benchmark.measure` returned.
+        results: What `measure_schemes` of `man_mm.benchmark.scheme_costs` returned.
         config: Path of the config.
         size: Height and width of the images.
         batch: Images in a step.
@@ -46,7 +46,11 @@ def make_records(
     base = results[base_name]
     threads, records = torch.get_num_threads(), []
     for position, (name, row) in enumerate(results.items()):
-        seconds = statistics.median(row['seconds'])
+        times = row['seconds'] and dict(
+            time_ratio=statistics.median(row['seconds'])
+            / statistics.median(base['seconds']),
+            images_per_second=batch / statistics.median(row['seconds']),
+        )
         needed = dict.fromkeys([base_name, row['reference'], name])
         command = [
             *('mim', 'run', 'man_mm', 'benchmark'),
@@ -71,8 +75,7 @@ def make_records(
                 base=base_name,
                 peak_ratio=row['peak'] / base['peak'],
                 flops_ratio=row['flops'] / base['flops'],
-                time_ratio=seconds / statistics.median(base['seconds']),
-                images_per_second=batch / seconds,
+                **(times or dict(time_ratio=None, images_per_second=None)),
                 position=position,
                 versions=versions(),
                 **provenance(device),
@@ -175,35 +178,53 @@ def make_tables(records: Iterable[dict]) -> list[Table]:
 
 
 def markdown_rows(records: Iterable[dict]) -> list[str]:
-    """Rows of the costs, as they stand in the documents."""
-    return [
-        f'| {row["scheme"]} | {row["peak"] / MIB:.1f} MiB | {row["peak_ratio"]:.3f} '
-        f'| {statistics.median(row["seconds"]):.2f} s | {row["time_ratio"]:.3f} '
-        f'| {row["flops_ratio"]:.3f} |'
-        for row in records
-    ]
+    """Rows of the costs, as they stand in the documents; see `has_times`."""
+    records = list(records)
+    rows = []
+    for row in records:
+        cells = [row['scheme'], f'{row["peak"] / MIB:.1f} MiB']
+        cells.append(f'{row["peak_ratio"]:.3f}')
+        if has_times(records):
+            cells.append(f'{statistics.median(row["seconds"]):.2f} s')
+            cells.append(f'{row["time_ratio"]:.3f}')
+        cells.append(f'{row["flops_ratio"]:.3f}')
+        rows.append(f'| {" | ".join(cells)} |')
+    return rows
+
+
+def has_times(records: Iterable[dict]) -> bool:
+    """Whether all steps were timed, as they are unless ``--repeats`` is 0."""
+    return all(record['seconds'] for record in records)
 
 
 def _cost_table(records: Sequence[dict], title: str) -> Table:
     on_cuda = [key for key in ('allocated', 'reserved') if records[0]['cuda']]
     columns = ['peak MiB', 'ratio', *(f'{key} MiB' for key in on_cuda)]
-    columns += ['step s', 'min–max', 'ratio', 'images/s', 'FLOPs', 'exactness']
+    timed = has_times(records)
+    columns += ['step s', 'min–max', 'ratio', 'images/s'] * timed
+    columns += ['FLOPs', 'exactness']
     table = _table(title, columns)
     for row in records:
-        seconds = row['seconds']
         table.add_row(
             row['scheme'],
             f'{row["peak"] / MIB:.1f}',
             f'{row["peak_ratio"]:.3f}',
             *(f'{row["cuda"][key] / MIB:.1f}' for key in on_cuda),
-            f'{statistics.median(seconds):.3g}',
-            f'{min(seconds):.3g}–{max(seconds):.3g}',
-            f'{row["time_ratio"]:.3f}',
-            f'{row["images_per_second"]:.3g}',
+            *(_time_cells(row) if timed else ()),
             f'{row["flops_ratio"]:.3f}',
             _exactness(row),
         )
     return table
+
+
+def _time_cells(row: dict) -> list[str]:
+    seconds = row['seconds']
+    return [
+        f'{statistics.median(seconds):.3g}',
+        f'{min(seconds):.3g}–{max(seconds):.3g}',
+        f'{row["time_ratio"]:.3f}',
+        f'{row["images_per_second"]:.3g}',
+    ]
 
 
 def _kind_table(records: Sequence[dict], title: str) -> Table:

@@ -34,7 +34,7 @@ from .schemes import (
     parse_scheme,
     scheme_config,
 )
-from .training_steps import Built, build_scheme, cut_names
+from .training_steps import Built, build_scheme
 
 _PLAIN = dict(highlight=False, markup=False)
 
@@ -54,7 +54,7 @@ def measure_schemes(
         cfg: Config of a model, with or without local learning.
         size: Height and width of the images in pixels.
         batch: Images in a step.
-        repeats: Timed steps a scheme.
+        repeats: Timed steps a scheme; 0 for none, where the machine is busy.
         schemes: The schemes. Defaults to those of `default_schemes` that the config
             allows.
         device: Where to train.
@@ -86,10 +86,14 @@ def measure_schemes(
                 if schemes or name in ALL:
                     raise
                 console.print(f'left out: {error}', **_PLAIN)
+        first = next(iter(built.values())).model.state_dict()
+        initial = {key: value.clone() for key, value in first.items()}
         references = References(next(iter(built.values())))
         for name in progress.track(list(built), description='memory and FLOPs'):
             try:
-                results[name] = _measure_one(name, built[name], references, device)
+                results[name] = _measure_one(
+                    name, built[name], references, initial, device
+                )
             except RuntimeError as error:
                 if schemes or 'BFloat16' not in str(error):
                     raise
@@ -100,6 +104,8 @@ def measure_schemes(
             console.print(f'{name}: {peak:.0f} MiB', **_PLAIN)
         task = progress.add_task('time', total=repeats * len(built))
         for _, (name, scheme) in itertools.product(range(repeats), built.items()):
+            # Proposals, and thus their number, depend on the weights.
+            scheme.model.load_state_dict(initial)
             results[name]['seconds'].append(_seconds(scheme.step, device))
             progress.advance(task)
     return results
@@ -149,11 +155,18 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
     return float(sum(squares).sqrt())
 
 
-def _measure_one(name: str, scheme: Built, references: References, device: str) -> dict:
+def _measure_one(
+    name: str,
+    scheme: Built,
+    references: References,
+    initial: dict[str, Tensor],
+    device: str,
+) -> dict:
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
     flops = count_flops(scheme.step)  # makes the optimizer's state, too
     exactness, reference = references.compare(name, scheme)
+    scheme.model.load_state_dict(initial)
     if device.startswith('cuda'):
         gc.collect()
         torch.cuda.empty_cache()
@@ -165,7 +178,7 @@ def _measure_one(name: str, scheme: Built, references: References, device: str) 
     )
     cuda = ('allocated', 'reserved', 'requested')
     return dict(
-        cuts=cut_names(scheme.learner),
+        cuts=list(scheme.cuts),
         peak=report.peak,
         kinds=report.kinds,
         modules=report.modules,
@@ -203,7 +216,7 @@ def measure_configs(
         configs: Paths of configs.
         size: Height and width of the images in pixels.
         batches: Images in a step.
-        repeats: Timed steps a scheme.
+        repeats: Timed steps a scheme; 0 for none.
         schemes: As in `measure_schemes`.
         device: Where to train.
         options: Settings that override the configs, each ``KEY=VALUE``.

@@ -14,9 +14,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from .records import MIB, group_records
+from .records import MIB, group_records, has_times
 
-COLOURS = {'end-to-end': 'tab:blue', 'local': 'tab:orange'}
+COLOURS = {
+    'end-to-end': 'tab:blue',
+    'local': 'tab:orange',
+    'exact': 'tab:green',
+    'joint': 'tab:purple',
+}
+_PALETTES = {
+    'end-to-end': 'winter',
+    'local': 'autumn',
+    'exact': 'summer',
+    'joint': 'cool',
+}
 _DPI = 130
 _STEP = 9  # points between the places that a label may take
 _RINGS = 14
@@ -27,19 +38,21 @@ def draw_pictures(records: Sequence[dict], path: Path) -> list[Path]:
 
     Args:
         records: Records of all schemes.
-        path: PNG file of the comparison; growth is drawn beside it.
+        path: PNG file of the comparison, which needs times; growth is drawn beside it.
 
     Returns:
         The files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    groups = group_records(records)
-    _draw_fronts(groups, path)
-    if len({(config, batch) for config, _, batch, _ in groups}) == 1:
-        return [path]
-    growth = path.with_name(f'{path.stem}_growth{path.suffix}')
-    _draw_growth(records, growth)
-    return [path, growth]
+    groups, drawn = group_records(records), []
+    if has_times(records):
+        _draw_fronts(groups, path)
+        drawn.append(path)
+    if len({(config, batch) for config, _, batch, _ in groups}) > 1:
+        growth = path.with_name(f'{path.stem}_growth{path.suffix}')
+        _draw_growth(records, growth)
+        drawn.append(growth)
+    return drawn
 
 
 def _draw_fronts(groups: dict[tuple, list[dict]], path: Path) -> None:
@@ -174,8 +187,10 @@ def _draw_growth(records: Sequence[dict], path: Path) -> None:
     configs = list(dict.fromkeys(row['config'] for row in records))
     over_batch = len(batches) > 1
     rows = configs if over_batch else [None]
-    figure = Figure(figsize=(13, 5.2 * len(rows)), layout='constrained', dpi=_DPI)
-    axes = figure.subplots(len(rows), 2, squeeze=False)
+    timed = has_times(records)
+    size = (13 if timed else 8, 5.2 * len(rows))
+    figure = Figure(figsize=size, layout='constrained', dpi=_DPI)
+    axes = figure.subplots(len(rows), 1 + timed, squeeze=False)
     for pair, config in zip(axes, rows, strict=True):
         chosen = [row for row in records if config in (None, row['config'])]
         names = list(dict.fromkeys(row['scheme'] for row in chosen))
@@ -187,13 +202,14 @@ def _draw_growth(records: Sequence[dict], path: Path) -> None:
                 for row in line
             ]
             peaks = [row['peak'] / MIB for row in line]
-            seconds = [statistics.median(row['seconds']) for row in line]
             label = name
             if over_batch and len(line) > 1:
                 label += f'  ({np.polyfit(x, peaks, 1)[0]:.1f} MiB/image)'
             pair[0].plot(x, peaks, label=label, **styles[name])
-            pair[1].plot(x, seconds, **styles[name])
-        for panel, label in zip(pair, ('peak, MiB', 'time of a step, s'), strict=True):
+            if timed:
+                seconds = [statistics.median(row['seconds']) for row in line]
+                pair[1].plot(x, seconds, **styles[name])
+        for panel, label in zip(pair, ('peak, MiB', 'time of a step, s'), strict=False):
             panel.set(ylabel=label, ylim=(0, None))
             panel.grid(alpha=0.3)
             if over_batch:
@@ -202,7 +218,7 @@ def _draw_growth(records: Sequence[dict], path: Path) -> None:
             else:
                 stems = [Path(config).stem for config in configs]
                 panel.set_xticks(range(len(configs)), stems, rotation=15, ha='right')
-        pair[1].legend(
+        pair[-1].legend(
             *pair[0].get_legend_handles_labels(),
             loc='center left',
             bbox_to_anchor=(1.01, 0.5),
@@ -212,9 +228,9 @@ def _draw_growth(records: Sequence[dict], path: Path) -> None:
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict]:
-    """Blues for end-to-end training, oranges for local learning."""
+    """A palette for each kind of steps."""
     styles, markers = {}, 'osD^v<>PX*hd'
-    for base, palette in (('end-to-end', 'winter'), ('local', 'autumn')):
+    for base, palette in _PALETTES.items():
         family = [name for name in names if name.partition('+')[0] == base]
         shades = colormaps[palette](np.linspace(0, 0.8, max(len(family), 1)))
         for index, name in enumerate(family):

@@ -20,6 +20,7 @@ ALL = (END_TO_END, *IN_MODULES)
 JOINT_WEIGHT = 0.05
 _COUNT, _NAMES = 'N', 'NAME,NAME'
 _UPDATES = 'parameter|iteration|module'
+_WHOLE = '; end-to-end recomputes its modules'
 
 
 class SchemeError(ValueError):
@@ -48,15 +49,17 @@ OPTIONS = {
     'fp16': Option(ALL, '', 'autocast to float16; CUDA only'),
     'efficient': Option((END_TO_END,), '', "mmengine's efficient_conv_bn_eval"),
     'lean': Option((END_TO_END,), '', 'fold norms and recompute losses, as the others'),
+    'recompute-losses': Option((END_TO_END,), '', 'recompute losses, as the others'),
     'in-backward': Option((END_TO_END,), '', 'update in the backward pass'),
-    'K': Option(IN_MODULES, _COUNT, 'BalancedPartition with N modules'),
-    'cuts': Option(IN_MODULES, _NAMES, 'CutPartition after these units'),
-    'stages': Option(IN_MODULES, '', 'StagePartition'),
+    'K': Option(ALL, _COUNT, f'BalancedPartition with N modules{_WHOLE}'),
+    'cuts': Option(ALL, _NAMES, f'CutPartition after these units{_WHOLE}'),
+    'stages': Option(ALL, '', f'StagePartition{_WHOLE}'),
     'faithful': Option(WITH_HEADS, '', "auxiliary heads as in the paper's appendix"),
     'no-bank': Option(WITH_HEADS, '', 'auxiliary heads without memory bank'),
     'micro': Option(IN_MODULES, _COUNT, 'N images at a time inside modules'),
     'recompute': Option(ALL, _NAMES, 'recompute these submodules'),
     'unfolded': Option(IN_MODULES, '', 'do not fold frozen batch norms'),
+    'losses-kept': Option(IN_MODULES, '', 'do not recompute losses'),
     'update': Option(IN_MODULES, _UPDATES, 'when weights are updated'),
 }
 _CONFLICTS = (
@@ -64,10 +67,12 @@ _CONFLICTS = (
     ('bf16', 'fp16'),
     ('fp16', 'in-backward'),
     ('efficient', 'lean'),
+    ('lean', 'recompute-losses'),
 )
 _NOT_IN_MODULES = {
     'efficient': 'the others fold norms themselves, unless unfolded',
     'lean': 'the others fold norms and recompute losses themselves',
+    'recompute-losses': 'the others recompute losses, unless losses-kept',
     'in-backward': 'use update=parameter',
 }
 
@@ -235,6 +240,22 @@ def scheme_config(
     return cfg
 
 
+def partition_config(options: dict, shape: tuple[int, ...]) -> dict | None:
+    """Config of the partition that options of a scheme ask for, if they do.
+
+    Args:
+        options: Values by option.
+        shape: Shape ``(N, C, H, W)`` of the batch.
+    """
+    if 'K' in options:
+        return dict(
+            type='BalancedPartition', num_modules=options['K'], input_shape=shape
+        )
+    if 'cuts' in options:
+        return dict(type='CutPartition', cuts=options['cuts'])
+    return dict(type='StagePartition') if 'stages' in options else None
+
+
 def autocast_dtype(scheme: Scheme) -> str | None:
     """The dtype that a scheme autocasts to, or None."""
     names = {'bf16': 'bfloat16', 'fp16': 'float16'}
@@ -254,14 +275,8 @@ def _set_local(cfg: Config, options: dict, shape: tuple[int, ...]) -> None:
         wrapper.constructor = 'man_mm.LocalLearningOptimWrapperConstructor'
         cfg.default_hooks.memory_bank = dict(type='man_mm.MemoryBankHook')
     local = wrapper.setdefault('local_learning', ConfigDict())
-    if 'K' in options:
-        local.partition = dict(
-            type='BalancedPartition', num_modules=options['K'], input_shape=shape
-        )
-    if 'cuts' in options:
-        local.partition = dict(type='CutPartition', cuts=options['cuts'])
-    if 'stages' in options:
-        local.partition = dict(type='StagePartition')
+    if partition := partition_config(options, shape):
+        local.partition = partition
     head = local.setdefault('aux_head', ConfigDict(type='MANHead'))
     if 'faithful' in options:
         head.mode = 'faithful'
@@ -277,6 +292,8 @@ def _set_local(cfg: Config, options: dict, shape: tuple[int, ...]) -> None:
             local[key] = options[option]
     if 'unfolded' in options:
         local.efficient_conv_bn_eval = False
+    if 'losses-kept' in options:
+        local.recompute_losses = False
 
 
 def _forget_pretrained(cfg: object) -> None:

@@ -286,5 +286,5 @@ def _measure_step(cfg: Config) -> dict:
         kinds=report.kinds,
         batch=len(batch['inputs']),
         resolution=list(sizes.pop()) if len(sizes) == 1 else None,
-        cuts=cut_names(learner),
+        cuts=list(cut_names(learner)) if learner else [],
     )

@@ -21,10 +21,23 @@ from man_mm.backbones import find_units
 from man_mm.core import LocalLearner
 from man_mm.core.checkpointing import recomputed
 from man_mm.core.micro_batches import slice_batch, slices_of
-from man_mm.engine.memory_patches import fold_patches, loss_patches
+from man_mm.engine.constructor import LEARNER_OPTIONS, build_learner
+from man_mm.engine.memory_patches import (
+    fold_patches,
+    loss_patches,
+    module_patches,
+)
+from man_mm.engine.options import complete_options
 from man_mm.engine.quiet import quiet
 
-from .schemes import END_TO_END, EXACT, Scheme, autocast_dtype, scheme_config
+from .schemes import (
+    END_TO_END,
+    EXACT,
+    Scheme,
+    autocast_dtype,
+    partition_config,
+    scheme_config,
+)
 
 
 @dataclass
@@ -34,6 +47,7 @@ class Built:
     Attributes:
         model: The model, in training mode and on its device.
         learner: Its local learner, None for end-to-end training.
+        cuts: Names of the units after which it is cut, in order.
         method: What is computed, as opposed to how: kind of steps, cuts and auxiliary
             heads. The same for all schemes that are end to end.
         step: Trains for one step on a fixed batch.
@@ -41,6 +55,7 @@ class Built:
 
     model: nn.Module
     learner: LocalLearner | None
+    cuts: tuple[str, ...]
     method: tuple
     step: Callable[[], None]
 
@@ -122,6 +137,7 @@ def build_scheme(
     Raises:
         ValueError: If config, batch or device do not allow the scheme.
     """
+    given = cfg.optim_wrapper.get('local_learning')
     cfg = scheme_config(cfg, scheme, shape, device)
     if 'efficient' in scheme.options and 'backbone' not in cfg.model:
         raise ValueError('efficient needs a backbone with batch norms.')
@@ -134,7 +150,7 @@ def build_scheme(
             raise
         raise ValueError(f'the backbone has no with_cp. {error}') from error
     if scheme.base == END_TO_END:
-        _save_memory(model, scheme)
+        cuts = _save_memory(model, given, scheme, shape)
     if 'efficient' in scheme.options:
         _fold(model, scheme)
     elif 'checkpointing' in scheme.options and 'backbone' not in cfg.model:
@@ -149,7 +165,8 @@ def build_scheme(
         autocast = partial(torch.autocast, kind, dtype)
     wrapper = build_wrapper(model, cfg, 'in-backward' in scheme.options)
     learner = getattr(wrapper, 'learner', None)
-    cuts = tuple(cut_names(learner))
+    if learner is not None:
+        cuts = cut_names(learner)
     size = shape[0] // scheme.parts(shape[0])
     batches = [
         slice_batch(data, images, shape[0]) for images in slices_of(shape[0], size)
@@ -160,9 +177,9 @@ def build_scheme(
             for batch in batches:
                 model.train_step(batch, wrapper)
 
-    is_end_to_end = not cuts or scheme.base == EXACT
+    is_end_to_end = not cuts or scheme.base in (END_TO_END, EXACT)
     method = () if is_end_to_end else (scheme.base, cuts, head)
-    return Built(model, learner, method, step)
+    return Built(model, learner, cuts, method, step)
 
 
 def build_wrapper(
@@ -186,24 +203,39 @@ def build_wrapper(
     return wrapper
 
 
-def cut_names(learner: LocalLearner | None) -> list[str]:
-    """The cuts of a learner in their order; none for end-to-end training."""
-    return [module.cut for module in learner.modules[:-1]] if learner else []
+def cut_names(learner: LocalLearner) -> tuple[str, ...]:
+    """The cuts of a learner in their order."""
+    return tuple(module.cut for module in learner.modules[:-1])
 
 
-def _save_memory(model: nn.Module, scheme: Scheme) -> None:
-    """Gives end-to-end training what local learning has beside its cuts.
+def _save_memory(
+    model: nn.Module, given: dict | None, scheme: Scheme, shape: tuple[int, ...]
+) -> tuple[str, ...]:
+    """Gives end-to-end training what local learning has beside its local losses.
 
     Submodules are recomputed as a whole: stages, for instance, keep their input only.
+
+    Returns:
+        Names of the units after which it is cut into modules that are recomputed.
     """
-    patches = []
+    patches, cuts = [], ()
     if 'lean' in scheme.options:
-        patches += fold_patches(model, find_units(model)) + loss_patches(model)
+        patches += fold_patches(model, find_units(model))
+    if 'lean' in scheme.options or 'recompute-losses' in scheme.options:
+        patches += loss_patches(model)
+    if partition := partition_config(scheme.options, shape):
+        options = {**complete_options(given), 'partition': partition}
+        options = {key: options[key] for key in LEARNER_OPTIONS}
+        with quiet():
+            learner = build_learner(model, with_heads=False, **options)
+        cuts = cut_names(learner)
+        patches += module_patches(model, learner.modules)
     for name in scheme.options.get('recompute', ()):
         submodule = model.get_submodule(name)
         patches.append((submodule, recomputed(submodule)))
     for submodule, wrap in patches:
         submodule.forward = wrap(submodule.forward)
+    return cuts
 
 
 def _fold(model: nn.Module, scheme: Scheme) -> None:

@@ -48,7 +48,7 @@ class SecondRun:
         self, model: nn.Module, module: LocalModule, micro_batch_size: int | None
     ) -> None:
         self.module = module
-        self.parts = _trainable_parts(model, module)
+        self.parts = trainable_parts(model, module)
         self.ends = [name for name in outlets(module) if name in self.parts]
         self.size = micro_batch_size
         self.x: Tensor | None = None
@@ -122,7 +122,13 @@ class SecondRun:
         return outputs
 
 
-def _trainable_parts(model: nn.Module, module: LocalModule) -> list[str]:
+def trainable_parts(model: nn.Module, module: LocalModule) -> list[str]:
+    """Parts of a module from the first trainable one on.
+
+    Args:
+        model: The whole network.
+        module: One of its modules.
+    """
     if module.index > 0:
         return module.parts
     first = module.units[0]

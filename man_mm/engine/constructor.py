@@ -41,6 +41,7 @@ LEARNER_OPTIONS = (
     'micro_batch_size',
     'recompute',
     'efficient_conv_bn_eval',
+    'recompute_losses',
 )
 
 
@@ -69,6 +70,8 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       activations are computed again in the backward pass (activation checkpointing).
     - ``efficient_conv_bn_eval=True``: fold batch norms in evaluation mode into their
       convolutions; see `man_mm.core.conv_bn.fold_norms`.
+    - ``recompute_losses=True``: compute elementwise losses, such as the focal loss,
+      again in the backward pass.
     - ``base_constructor='DefaultOptimWrapperConstructor'``: the constructor that
       groups the model's parameters, such as
       ``'LearningRateDecayOptimWrapperConstructor'`` of mmpretrain for layer-wise
@@ -197,6 +200,7 @@ def build_learner(
     recompute: Sequence[str] = (),
     efficient_conv_bn_eval: bool = True,
     micro_batch_size: int | None = None,
+    recompute_losses: bool = True,
     with_heads: bool = True,
 ) -> LocalLearner:
     """Partitions a model and builds its auxiliary heads, of its device and dtype.
@@ -212,6 +216,7 @@ def build_learner(
         recompute: See `LocalLearningOptimWrapperConstructor`.
         efficient_conv_bn_eval: See there.
         micro_batch_size: See there.
+        recompute_losses: See there.
         with_heads: Whether there are auxiliary heads. Exact steps need none, and
             neither ``aux_head`` then. Defaults to True.
 
@@ -239,6 +244,7 @@ def build_learner(
             recompute=recompute,
             efficient_conv_bn_eval=efficient_conv_bn_eval,
             micro_batch_size=micro_batch_size,
+            recompute_losses=recompute_losses,
         ),
     )
     cuts = root.TASK_UTILS.build(dict(partition)).cuts(units, measure)
@@ -253,7 +259,7 @@ def build_learner(
             for site in find_sites(model, modules, entry, taps):
                 config = dict(copy.deepcopy(aux_head), site=site)
                 heads.append(root.MODELS.build(config).to(like))
-    patches = loss_patches(model, *heads)
+    patches = loss_patches(model, *heads) if recompute_losses else []
     if efficient_conv_bn_eval:
         patches += fold_patches(model, units)
     patches += recompute_patches(model, units, recompute)

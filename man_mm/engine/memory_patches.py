@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from man_mm.core import Unit
 from man_mm.core.checkpointing import recomputed
 from man_mm.core.conv_bn import fold_norms
+from man_mm.core.micro_batches import Chain, Maps, MicroBatches, check_maps
+from man_mm.core.partition import LocalModule, outlets
 from man_mm.core.patches import Wrap
+from man_mm.core.second_runs import trainable_parts
 
 Patches = list[tuple[nn.Module, Wrap]]
 
@@ -61,6 +65,36 @@ def recompute_patches(
                     f'{units[0].name!r} to {units[-1].name!r}.'
                 ) from None
             patches.append((submodule, recomputed(submodule)))
+    return patches
+
+
+def module_patches(model: nn.Module, modules: Sequence[LocalModule]) -> Patches:
+    """Recomputes whole modules in the backward pass of plain end-to-end training.
+
+    Like exact steps, this keeps what enters a module, and runs each module once more.
+
+    Args:
+        model: The model.
+        modules: Its modules.
+
+    Raises:
+        ValueError: If units take or return something else than one map.
+    """
+    units = [unit for module in modules for unit in module.units]
+    check_maps(units, 'Recomputing whole modules', 'recompute units instead')
+    patches = []
+    for module in modules:
+        parts = trainable_parts(model, module)
+        submodules = [model.get_submodule(part) for part in parts]
+        checkpointed = recomputed(*submodules)
+
+        def run(chain: Chain, x: Tensor, checkpointed: Wrap = checkpointed) -> Maps:
+            return checkpointed(chain)(x)
+
+        ends = [name for name in outlets(module) if name in parts]
+        whole = MicroBatches(parts, ends, run)
+        wraps = [partial(whole.wrap, part) for part in parts]
+        patches += zip(submodules, wraps, strict=True)
     return patches
 
 

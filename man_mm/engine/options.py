@@ -17,6 +17,7 @@ DEFAULTS = dict(
     micro_batch_size=None,
     recompute=(),
     efficient_conv_bn_eval=True,
+    recompute_losses=True,
     base_constructor='DefaultOptimWrapperConstructor',
 )
 # What DefaultOptimWrapperConstructor of mmengine reads.
@@ -96,6 +97,10 @@ def _is_factor(value: Any) -> bool:
     return is_number and value >= 0
 
 
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
 
@@ -118,6 +123,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     'aux_decay_mult': ('a number of at least 0', _is_factor),
     'micro_batch_size': ('None or a number of images of at least 1', _is_count),
     'recompute': ('a list of names of submodules', _is_names),
-    'efficient_conv_bn_eval': ('True or False', lambda value: isinstance(value, bool)),
+    'efficient_conv_bn_eval': ('True or False', _is_switch),
+    'recompute_losses': ('True or False', _is_switch),
     'base_constructor': ('the name of a constructor', lambda v: isinstance(v, str)),
 }

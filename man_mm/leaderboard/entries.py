@@ -159,12 +159,14 @@ def _from_step(record: dict) -> dict:
             reserved=cuda.get('reserved'),
         ),
         flops=record['flops'],
-        step_seconds=dict(
+        step_seconds=seconds
+        and dict(
             median=statistics.median(seconds),
             least=min(seconds),
             greatest=max(seconds),
             steps=len(seconds),
-        ),
+        )
+        or None,
         exactness=dict(distance=record['exactness'], reference=record['reference']),
         **_provenance(record),
         command=record['command'],

@@ -29,8 +29,9 @@ def table_lines(columns: str, rows: Iterable[str], left: int = 1) -> list[str]:
 
 
 def _steps(folder: Path) -> list[str]:
-    columns = '| scheme | peak | ratio | step | ratio | FLOPs |'
     records = step_records.read_records(folder)
+    times = 'step | ratio | ' if step_records.has_times(records) else ''
+    columns = f'| scheme | peak | ratio | {times}FLOPs |'
     return table_lines(columns, step_records.markdown_rows(records))
 
 

@@ -27,6 +27,7 @@ TRAINABLE = [
     'end-to-end+bf16',
     'end-to-end+efficient',
     'end-to-end+lean+recompute=backbone.layer2,backbone.layer3',
+    'end-to-end+recompute-losses+stages',
     'end-to-end+in-backward',
     'end-to-end+in-backward+bf16+accumulate=batch+checkpointing+efficient',
     'local',
@@ -39,6 +40,7 @@ TRAINABLE = [
     'local+micro=1',
     'local+recompute=backbone.layer1.0,backbone.layer4',
     'local+unfolded',
+    'local+losses-kept',
     'local+bf16',
     'local+update=parameter',
     'local+update=iteration',
@@ -95,6 +97,8 @@ def test_schemes_are_parsed(tools):
         ('local+stages+stages', ['not known', 'once']),
         ('end-to-end+micro=1', ['local, exact, joint training only']),
         ('local+in-backward', ['update=parameter']),
+        ('exact+recompute-losses', ['losses-kept']),
+        ('end-to-end+lean+recompute-losses', ['exclude each other']),
         ('local+K=2+stages', ['K and stages exclude each other']),
         ('end-to-end+bf16+fp16', ['bf16 and fp16 exclude each other']),
         ('local+K', ['write K=N']),
@@ -214,10 +218,16 @@ def compare(tools, cfg, names):
 
 def test_exactness(tools, cfg):
     same = ['end-to-end', 'end-to-end+in-backward', 'local+cuts=', 'exact+unfolded']
+    same += ['end-to-end+recompute-losses', 'end-to-end+stages+in-backward']
     rounded = ['end-to-end+checkpointing', 'end-to-end+efficient', 'exact']
     rounded.append('end-to-end+lean+recompute=backbone.layer2,backbone.layer3')
     other = ['end-to-end+bf16', 'end-to-end+accumulate=2']  # normalised by objects
-    local = ['local', 'local+update=parameter', 'local+recompute=backbone.layer4']
+    local = [
+        'local',
+        'local+losses-kept',
+        'local+update=parameter',
+        'local+recompute=backbone.layer4',
+    ]
     names = [*same, *rounded, *other, *local, 'local+unfolded', 'local+no-bank']
     found = compare(tools, cfg, names)
     references = {name: reference for name, (_, reference) in found.items()}
@@ -298,6 +308,74 @@ def test_benchmark_compares_the_schemes(tmp_path, capsys):
     repeated = json.loads(repeated.read_text())
     for key in ('peak', 'kinds', 'modules', 'flops', 'exactness', 'command'):
         assert repeated[key] == micro[key]
+
+
+def peaks(cfg, *names):
+    init_default_scope('mmdet')
+    results = scheme_costs.measure_schemes(cfg, (96, 96), 8, 0, names)
+    return {name: row['peak'] for name, row in results.items()}
+
+
+def test_losses_are_recomputed_where_asked_for(cfg):
+    cfg.model.bbox_head.num_classes = 400  # whose loss sets the peak
+    end_to_end = ('end-to-end', 'end-to-end+recompute-losses')
+    local = ('local+losses-kept', 'local')
+    found = peaks(cfg, *end_to_end, *local)
+    for kept, recomputed in (end_to_end, local):
+        assert found[recomputed] < 0.9 * found[kept]
+
+
+def test_whole_modules_are_recomputed_in_the_memory_of_exact_steps(cfg):
+    whole = 'end-to-end+lean+in-backward+stages'
+    found = peaks(cfg, 'end-to-end+lean', whole, 'exact+update=parameter')
+    assert found[whole] < found['end-to-end+lean']
+    assert found['exact+update=parameter'] <= 1.02 * found[whole]
+
+
+def test_frozen_stages_are_not_recomputed(cfg):
+    cfg.model.backbone.frozen_stages = 1
+    init_default_scope('mmdet')
+    names = ('end-to-end+lean+stages', 'exact')
+    results = scheme_costs.measure_schemes(cfg, (64, 64), 1, 0, names)
+    assert results[names[0]]['flops'] == results['exact']['flops']
+    assert results[names[0]]['cuts'] == results['exact']['cuts']
+
+
+def test_timed_steps_start_from_the_same_weights(cfg, monkeypatch):
+    seen = []
+    build = scheme_costs.build_scheme
+
+    def watched(*args):
+        built = build(*args)
+        step = built.step
+
+        def watch():
+            seen.append([p.detach().clone() for p in built.model.parameters()])
+            step()
+
+        built.step = watch
+        return built
+
+    monkeypatch.setattr(scheme_costs, 'build_scheme', watched)
+    init_default_scope('mmdet')
+    scheme_costs.measure_schemes(cfg, (64, 64), 2, 2, ['end-to-end', 'local'])
+    first = seen[0]
+    assert len(seen) == 8
+    for weights in seen[1:]:
+        assert all(map(torch.equal, weights, first))
+
+
+def test_costs_without_times(tmp_path, capsys):
+    arguments = ['--size', 64, 64, '--repeats', 0, '--out', tmp_path]
+    arguments += ['--schemes', 'end-to-end', 'local', '--cfg-options', *NARROW]
+    shown = run_main(capsys, CONFIG, *arguments)
+    assert 'FLOPs' in shown and 'images/s' not in shown
+    records = [json.loads(path.read_text()) for path in tmp_path.rglob('*.json')]
+    assert [record['seconds'] for record in records] == [[], []]
+    assert {record['time_ratio'] for record in records} == {None}
+    shown = run_main(capsys, '--from', tmp_path, '--markdown')
+    assert all(row.count('|') == 5 for row in shown.strip().splitlines())
+    assert draw_pictures(records, tmp_path / 'front.png') == []
 
 
 def test_growth_is_drawn_over_batches_or_configs(tmp_path):

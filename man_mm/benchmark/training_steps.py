@@ -22,11 +22,8 @@ from man_mm.core import LocalLearner
 from man_mm.core.checkpointing import recomputed
 from man_mm.core.micro_batches import slice_batch, slices_of
 from man_mm.engine.constructor import LEARNER_OPTIONS, build_learner
-from man_mm.engine.memory_patches import (
-    fold_patches,
-    loss_patches,
-    module_patches,
-)
+from man_mm.engine.loss_patches import loss_patches
+from man_mm.engine.memory_patches import fold_patches, module_patches
 from man_mm.engine.options import complete_options
 from man_mm.engine.quiet import quiet
 

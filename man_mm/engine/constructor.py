@@ -31,7 +31,8 @@ from .checks import (
 from .data_parallel import free_buckets
 from .distributed import broadcast_module
 from .fully_sharded_model import FullyShardedModel
-from .memory_patches import fold_patches, loss_patches, recompute_patches
+from .loss_patches import loss_patches
+from .memory_patches import fold_patches, recompute_patches
 from .optim_wrapper import LocalLearningOptimWrapper
 from .options import check_paramwise, complete_options
 

@@ -17,15 +17,6 @@ from man_mm.core.second_runs import trainable_parts
 
 Patches = list[tuple[nn.Module, Wrap]]
 
-# Written in PyTorch, they save many maps of the size of the logits. None has a state.
-_ELEMENTWISE_LOSSES = (
-    'DistributionFocalLoss',
-    'FocalLoss',
-    'GaussianFocalLoss',
-    'QualityFocalLoss',
-    'VarifocalLoss',
-)
-
 
 def fold_patches(model: nn.Module, units: Sequence[Unit]) -> Patches:
     """Folds frozen batch norms into the convolutions of all units."""
@@ -96,13 +87,3 @@ def module_patches(model: nn.Module, modules: Sequence[LocalModule]) -> Patches:
         wraps = [partial(whole.wrap, part) for part in parts]
         patches += zip(submodules, wraps, strict=True)
     return patches
-
-
-def loss_patches(*modules: nn.Module) -> Patches:
-    """Recomputes losses that are elementwise: bit-equal, and cheap."""
-    return [
-        (loss, recomputed(loss))
-        for module in modules
-        for loss in module.modules()
-        if type(loss).__name__ in _ELEMENTWISE_LOSSES
-    ]

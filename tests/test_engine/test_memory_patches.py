@@ -16,7 +16,7 @@ from mmengine.logging import MMLogger
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from mmengine.registry import init_default_scope
 
-import man_mm.engine.memory_patches as savings
+from man_mm.engine import loss_patches
 from man_mm.measure.memory import measure_memory
 
 PLAIN = dict(efficient_conv_bn_eval=False)
@@ -142,7 +142,7 @@ def test_a_backbone_that_was_traced_as_a_whole_is_refused(model):
 
 def test_losses_are_recomputed_bit_for_bit(model, batches, monkeypatch):
     with_patches = trained(model, batches)
-    monkeypatch.setattr(savings, '_ELEMENTWISE_LOSSES', ())
+    monkeypatch.setattr(loss_patches, 'ELEMENTWISE_LOSSES', ())
     assert same(with_patches, trained(model, batches))
 
 

@@ -46,11 +46,11 @@ def make_records(
     base = results[base_name]
     threads, records = torch.get_num_threads(), []
     for position, (name, row) in enumerate(results.items()):
-        times = row['seconds'] and dict(
-            time_ratio=statistics.median(row['seconds'])
-            / statistics.median(base['seconds']),
-            images_per_second=batch / statistics.median(row['seconds']),
-        )
+        time_ratio = images_per_second = None
+        if row['seconds']:
+            seconds = statistics.median(row['seconds'])
+            time_ratio = seconds / statistics.median(base['seconds'])
+            images_per_second = batch / seconds
         needed = dict.fromkeys([base_name, row['reference'], name])
         command = [
             *('mim', 'run', 'man_mm', 'benchmark'),
@@ -75,7 +75,8 @@ def make_records(
                 base=base_name,
                 peak_ratio=row['peak'] / base['peak'],
                 flops_ratio=row['flops'] / base['flops'],
-                **(times or dict(time_ratio=None, images_per_second=None)),
+                time_ratio=time_ratio,
+                images_per_second=images_per_second,
                 position=position,
                 versions=versions(),
                 **provenance(device),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .micro_batches import slices_of
 
 RowLoss = Callable[..., Tensor]
 
@@ -62,7 +64,7 @@ class _SlicedSum(torch.autograd.Function):
             enabled=torch.is_autocast_enabled(kind),
         )
         total, dtype = 0, pred.dtype
-        for some in _slices(len(pred), rows):
+        for some in slices_of(len(pred), rows):
             loss = fn(*(x[some] for x in (pred, *others)))
             dtype = loss.dtype
             total = total + loss.sum(dtype=torch.promote_types(dtype, torch.float32))
@@ -73,13 +75,9 @@ class _SlicedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pred, *others = ctx.saved_tensors
         grad_pred = torch.empty_like(pred)
-        for some in _slices(len(pred), ctx.rows):
+        for some in slices_of(len(pred), ctx.rows):
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 leaf = pred[some].detach().requires_grad_()
                 loss = ctx.fn(leaf, *(other[some] for other in others))
             (grad_pred[some],) = torch.autograd.grad(loss, leaf, grad.expand_as(loss))
         return grad_pred, None, None, *[None] * len(others)
-
-
-def _slices(count: int, rows: int) -> Iterator[slice]:
-    return (slice(i, min(i + rows, count)) for i in range(0, count, rows))

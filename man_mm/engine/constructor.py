@@ -72,7 +72,8 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - ``efficient_conv_bn_eval=True``: fold batch norms in evaluation mode into their
       convolutions; see `man_mm.core.conv_bn.fold_norms`.
     - ``recompute_losses=True``: compute elementwise losses, such as the focal loss,
-      again in the backward pass.
+      a few rows at a time, and again in the backward pass; see
+      `man_mm.engine.loss_patches.loss_patches`.
     - ``base_constructor='DefaultOptimWrapperConstructor'``: the constructor that
       groups the model's parameters, such as
       ``'LearningRateDecayOptimWrapperConstructor'`` of mmpretrain for layer-wise

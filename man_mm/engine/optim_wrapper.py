@@ -24,7 +24,7 @@ from .out_of_memory import Measure, explains_out_of_memory
 from .scalars import ScalarLog
 from .sharded_tensors import clip_norm, shard_optimizer_state, total_norm
 from .skips import Skips
-from .stepping import Stepper, chunk_bytes, chunks
+from .stepping import Chunk, Stepper, chunks
 
 
 @root.OPTIM_WRAPPERS.register_module()
@@ -269,14 +269,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
             yield
             return
         self._stepper.flag(module.name, loss.detach().isfinite())
-        limit = chunk_bytes(self.learner.params(module))
-        ready: list[nn.Parameter] = []
+        chunk = Chunk(self.learner.params(module))
 
         def collect(param: nn.Parameter) -> None:
-            ready.append(param)
-            if sum(p.nbytes for p in ready) >= limit:
+            if ready := chunk.add(param):
                 self._stepper.step_if_finite(module.name, ready)
-                ready.clear()
 
         with ExitStack() as stack:
             for param in self.learner.params(module):

@@ -20,33 +20,52 @@ _SHARE = 16  # of a module, at most
 _SMALL = 2**14  # bytes of a tensor that is kept in one piece with others
 
 
-def chunk_bytes(params: Iterable[nn.Parameter]) -> int:
-    """Bytes of a module's parameters that are worth a call of the optimizer.
+class Chunk:
+    """Parameters that wait until they are worth a call of the optimizer.
 
     Args:
         params: All parameters of the module.
     """
-    return min(_CHUNK_BYTES, sum(param.nbytes for param in params) // _SHARE)
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        self._limit = min(_CHUNK_BYTES, sum(param.nbytes for param in params) // _SHARE)
+        self._waiting: list[nn.Parameter] = []
+        self._nbytes = 0
+
+    def add(self, param: nn.Parameter) -> list[nn.Parameter]:
+        """Lets one more wait.
+
+        Args:
+            param: A parameter of the module.
+
+        Returns:
+            All that have waited, once they are worth a call; else none.
+        """
+        self._waiting.append(param)
+        self._nbytes += param.nbytes
+        return self.take() if self._nbytes >= self._limit else []
+
+    def take(self) -> list[nn.Parameter]:
+        """Those that wait; none does any more."""
+        taken, self._waiting, self._nbytes = self._waiting, [], 0
+        return taken
 
 
 def chunks(params: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Splits a module's parameters into what is stepped at once.
+    """Splits parameters of a module into what is stepped at once.
 
     Args:
-        params: All parameters of the module.
+        params: The parameters.
 
     Yields:
         Some of them, in their order.
     """
-    limit = chunk_bytes(params)
-    some: list[nn.Parameter] = []
+    chunk = Chunk(params)
     for param in params:
-        some.append(param)
-        if sum(p.nbytes for p in some) >= limit:
+        if some := chunk.add(param):
             yield some
-            some = []
-    if some:
-        yield some
+    if rest := chunk.take():
+        yield rest
 
 
 class Stepper:

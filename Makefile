@@ -26,8 +26,9 @@ test: lint  ## check the style, then run the tests
 	@echo '== pytest, a process on each core'
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest --numprocesses auto
 
-site: setup  ## write the leaderboard's pages to site/, and its tables to the documents
+site: setup  ## write the documents' tables, then documents and leaderboard as pages to site/
 	@$(VENV_PYTHON) tools/analysis_tools/leaderboard.py build
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build
 
 clean:  ## remove .venv, build output and caches (keeps data and work_dirs)
 	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -55,7 +55,7 @@ class BuildWithMim(build_py):
             shutil.copy2(source, target)
 
 
-EXTRAS = {name: read_requirements(name) for name in ('det', 'cls', 'sr', 'dev')}
+EXTRAS = {name: read_requirements(name) for name in ('det', 'cls', 'sr', 'dev', 'docs')}
 EXTRAS['all'] = read_requirements('det', 'cls', 'sr')
 
 setup(

@@ -13,7 +13,6 @@ from .documents import (
     update_documents,
 )
 from .entries import EntryError, read_entries
-from .site import build_site
 from .tables import TableError
 from .validation import find_errors
 
@@ -71,12 +70,11 @@ def add(
     return list(made)
 
 
-def build(root: Path, site: Path) -> list[Path]:
-    """Writes the generated parts of documents and metafiles, and the site.
+def build(root: Path) -> list[Path]:
+    """Writes the generated parts of documents and metafiles.
 
     Args:
         root: The repository.
-        site: Folder of the site.
 
     Returns:
         The documents and metafiles that changed.
@@ -94,7 +92,6 @@ def build(root: Path, site: Path) -> list[Path]:
         if text != path.read_text('utf-8'):
             path.write_text(text, 'utf-8')
             changed.append(path)
-    build_site(entries, root, site)
     return changed
 
 

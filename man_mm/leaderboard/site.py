@@ -1,11 +1,12 @@
-"""The leaderboard as a folder of web pages that work offline."""
+"""The leaderboard's pages of the site; docs/site/hooks.py gives them to mkdocs."""
 
 from __future__ import annotations
 
+import html
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -25,20 +26,36 @@ from .entries import (
 from .entry_tables import format_metric
 
 TEMPLATES = Path(__file__).with_name('templates')
-ASSETS = ('board.css', 'board.js', 'front.js', 'page.js')
+ASSETS = ('board.css', 'board.js', 'front.js')
 UNITS = {'PSNR': 'dB', 'top-1': '%', 'top-1 error': '%'}
 # Methods that keep their colour, whatever else is on the board.
 _METHODS = ('end-to-end', 'checkpointing', 'MAN', 'DGL', 'DGL-style', 'InfoPro')
 _METHODS += ('AugLocal', 'Momentum', 'PredSim', 'HPFF')
 
 
-def build_site(entries: Sequence[dict], root: Path, folder: Path) -> None:
-    """Writes the site.
+class BoardPage(NamedTuple):
+    """A page of the leaderboard.
+
+    Attributes:
+        title: For the window and the search.
+        content: What stands in the page.
+
+    Both are HTML.
+    """
+
+    title: str
+    content: str
+
+
+def render_pages(entries: Sequence[dict], root: Path) -> dict[str, BoardPage]:
+    """Renders the table of all entries, and a page for each.
 
     Args:
         entries: All entries, which must be valid.
         root: The repository.
-        folder: Where to write ``index.html`` and ``entries/<id>.html``.
+
+    Returns:
+        Pages by their places: ``index``, and ``entries/<id>`` for each entry.
     """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -49,20 +66,14 @@ def build_site(entries: Sequence[dict], root: Path, folder: Path) -> None:
     )
     rows = make_rows(entries)
     shared = dict(units=UNITS, tasks=TASKS)
-    # Pages of entries that are gone must not stay.
-    shutil.rmtree(folder / 'entries', ignore_errors=True)
-    (folder / 'entries').mkdir(parents=True)
-    for name in ASSETS:
-        shutil.copyfile(TEMPLATES / name, folder / name)
-    page = environment.get_template('index.html').render(
+    content = environment.get_template('board.html').render(
         **shared,
-        base='',
         rows=rows,
         choices=_choices(rows),
         gains=_gain_names(rows),
         data=json.dumps(rows).replace('<', r'\u003c'),
     )
-    (folder / 'index.html').write_text(page, 'utf-8')
+    pages = {'index': BoardPage('Leaderboard', content)}
     template = environment.get_template('entry.html')
     by_id = {row['id']: row for row in rows}
     raw = {
@@ -73,19 +84,19 @@ def build_site(entries: Sequence[dict], root: Path, folder: Path) -> None:
     }
     for entry in entries:
         row = by_id[entry['id']]
-        base = by_id.get(row['baseline'])
-        page = template.render(
+        content = template.render(
             **shared,
-            base='../',
             entry=dict.fromkeys((*FIELDS, 'reference')) | entry,
             command=present_command(entry.get('command') or ''),
             row=row,
             beside=[other for other in rows if other['group'] == row['group']],
-            charts=_charts(row, base, raw),
+            charts=_charts(row, by_id.get(row['baseline']), raw),
             seeds=_seeds(raw[entry['id']]),
             exactness=_exactness(raw[entry['id']]),
         )
-        (folder / 'entries' / f'{entry["id"]}.html').write_text(page, 'utf-8')
+        title = html.escape(f'{row["method"]}, {row["model"]}')
+        pages[f'entries/{entry["id"]}'] = BoardPage(title, content)
+    return pages
 
 
 def make_rows(entries: Sequence[dict]) -> list[dict]:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a package is built from.
-BUILT_FROM = ('man_mm', 'configs', 'tools', 'tests', 'requirements')
-BUILT_FROM += ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'Makefile', '.ci')
-BUILT_FROM += ('model-index.yml', 'README.md', 'LICENSE')
+BUILT_FROM = ('man_mm', 'configs', 'tools', 'tests', 'requirements', 'benchmarks')
+BUILT_FROM += ('docs', 'examples', 'setup.py', 'pyproject.toml', 'MANIFEST.in')
+BUILT_FROM += ('Makefile', '.ci', 'model-index.yml', 'mkdocs.yml', 'README.md')
+BUILT_FROM += ('CHANGELOG.md', 'LICENSE')
 
 
 def run_python(*args, cwd=ROOT):

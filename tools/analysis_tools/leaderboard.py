@@ -3,7 +3,7 @@ r"""The leaderboard: ``mim run man_mm leaderboard {add,validate,build,check}``.
     mim run man_mm leaderboard add benchmarks/results/retinanet_r50_man_coco_608x972_b1
     mim run man_mm leaderboard add my_reported_entry.json
     mim run man_mm leaderboard add        # all measured entries again
-    mim run man_mm leaderboard build      # documents, metafiles and the site
+    mim run man_mm leaderboard build      # documents and metafiles
 
 Entries are files ``benchmarks/results/<task>/<id>.json``, see docs/leaderboard.md.
 Run it in the root of a clone of man_mm, or give that as --root.
@@ -49,12 +49,7 @@ def parse_args() -> argparse.Namespace:
         help='omit times, because other work ran at the same time',
     )
     commands.add_parser('validate', help='check the entries')
-    building = commands.add_parser(
-        'build', help='write documents, metafiles and the site'
-    )
-    building.add_argument(
-        '--site', type=Path, default=Path('site'), help='folder to write the site to'
-    )
+    commands.add_parser('build', help="write the documents' tables and the metafiles")
     commands.add_parser('check', help='check entries, documents and metafiles')
     args = parser.parse_args()
     if not (args.root / 'benchmarks').is_dir():
@@ -86,9 +81,8 @@ def main() -> None:
             print('\n'.join(map(str, written)))
             print(f'{len(written)} entries; now: mim run man_mm leaderboard build')
         elif args.command == 'build':
-            for path in build(args.root, args.site):
+            for path in build(args.root):
                 print(path)
-            print(f'{args.site}/index.html')
         else:
             errors = (validate if args.command == 'validate' else check)(args.root)
             if errors:

@@ -50,7 +50,7 @@ def install_build_tools(shell: Shell) -> None:
 
 def install_requirements(shell: Shell) -> None:
     """Install the OpenMMLab packages and the tools for development."""
-    lists = requirement_files('runtime', 'det', 'cls', 'sr', 'dev')
+    lists = requirement_files('runtime', 'det', 'cls', 'sr', 'dev', 'docs')
     shell.pip('install', *lists)
     shell.pip('install', '--no-deps', *requirement_files('no-deps'))
 

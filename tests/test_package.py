@@ -7,9 +7,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packages import build_wheel, run_python
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from man_mm.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / 'requirements'
@@ -108,8 +111,16 @@ def test_sdist_builds_the_same_wheel(wheel, source_copy, tmp_path):
     shutil.unpack_archive(sdist, tmp_path)
     (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
     in_tree, in_sdist = files_in(source_copy), files_in(unpacked)
-    assert {'mkdocs.yml', 'docs/site/hooks.py'} <= in_tree <= in_sdist
+    assert {'CITATION.cff', 'mkdocs.yml', 'docs/site/hooks.py'} <= in_tree <= in_sdist
     assert names_in(build_wheel(unpacked, tmp_path)) == names_in(wheel)
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text('utf-8'))
+    assert citation['version'] == __version__
+    assert {'cff-version', 'message', 'title', 'authors'} <= set(citation)
+    (paper,) = citation['references']
+    assert paper['url'] == 'https://arxiv.org/abs/2406.00446'
 
 
 def test_metadata(wheel):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILT_FROM = ('man_mm', 'configs', 'tools', 'tests', 'requirements', 'benchmarks')
 BUILT_FROM += ('docs', 'examples', 'setup.py', 'pyproject.toml', 'MANIFEST.in')
 BUILT_FROM += ('Makefile', '.ci', 'model-index.yml', 'mkdocs.yml', 'README.md')
-BUILT_FROM += ('CHANGELOG.md', 'LICENSE')
+BUILT_FROM += ('CHANGELOG.md', 'CITATION.cff', 'LICENSE')
 
 
 def run_python(*args, cwd=ROOT):

@@ -19,6 +19,7 @@ WITH_HEADS = (LOCAL, JOINT)
 ALL = (END_TO_END, *IN_MODULES)
 JOINT_WEIGHT = 0.05
 _COUNT, _NAMES = 'N', 'NAME,NAME'
+_BITS = '8|4'
 _UPDATES = 'parameter|iteration|module'
 _WHOLE = '; end-to-end recomputes its modules'
 
@@ -60,6 +61,7 @@ OPTIONS = {
     'recompute': Option(ALL, _NAMES, 'recompute these submodules'),
     'unfolded': Option(IN_MODULES, '', 'do not fold frozen batch norms'),
     'losses-kept': Option(IN_MODULES, '', 'do not recompute losses'),
+    'bits': Option(ALL, _BITS, 'save activations in 8 or 4 bits a value'),
     'update': Option(IN_MODULES, _UPDATES, 'when weights are updated'),
 }
 _CONFLICTS = (
@@ -155,6 +157,8 @@ def _parse_value(text: str, name: str, value: str | None):
         return int(value)
     if wanted == _UPDATES and value in wanted.split('|'):
         return value
+    if wanted == _BITS and value in wanted.split('|'):
+        return int(value)
     if (name, value) == ('accumulate', 'batch'):
         return value
     wanted = f'{name}={wanted}' if wanted else f'{name} without a value'
@@ -286,6 +290,7 @@ def _set_local(cfg: Config, options: dict, shape: tuple[int, ...]) -> None:
     for option, key in (
         ('micro', 'micro_batch_size'),
         ('recompute', 'recompute'),
+        ('bits', 'activation_bits'),
         ('update', 'update'),
     ):
         if option in options:

@@ -18,12 +18,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from man_mm.backbones import find_units
-from man_mm.core import LocalLearner
+from man_mm.core import CompressedActivations, LocalLearner
 from man_mm.core.checkpointing import recomputed
 from man_mm.core.micro_batches import slice_batch, slices_of
 from man_mm.engine.constructor import LEARNER_OPTIONS, build_learner
 from man_mm.engine.loss_patches import loss_patches
-from man_mm.engine.memory_patches import fold_patches, module_patches
+from man_mm.engine.memory_patches import (
+    compression_patches,
+    fold_patches,
+    module_patches,
+)
 from man_mm.engine.options import complete_options
 from man_mm.engine.quiet import quiet
 
@@ -165,12 +169,15 @@ def build_scheme(
     if learner is not None:
         cuts = cut_names(learner)
     size = shape[0] // scheme.parts(shape[0])
+    compressed = nullcontext
+    if scheme.base == END_TO_END and 'bits' in scheme.options:
+        compressed = CompressedActivations(scheme.options['bits']).saving
     batches = [
         slice_batch(data, images, shape[0]) for images in slices_of(shape[0], size)
     ]
 
     def step() -> None:
-        with autocast():
+        with autocast(), compressed():
             for batch in batches:
                 model.train_step(batch, wrapper)
 
@@ -230,6 +237,8 @@ def _save_memory(
     for name in scheme.options.get('recompute', ()):
         submodule = model.get_submodule(name)
         patches.append((submodule, recomputed(submodule)))
+    if 'bits' in scheme.options:
+        patches += compression_patches(model)
     for submodule, wrap in patches:
         submodule.forward = wrap(submodule.forward)
     return cuts

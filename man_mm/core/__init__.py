@@ -1,6 +1,7 @@
 """The method in plain PyTorch; imports nothing of OpenMMLab."""
 
 from .bank import MemoryBank
+from .compressed_activations import CompressedActivations
 from .exact_steps import ExactSteps
 from .learner import LocalLearner
 from .partition import (
@@ -13,6 +14,7 @@ from .partition import (
 )
 
 __all__ = [
+    'CompressedActivations',
     'CutPartition',
     'ExactSteps',
     'LocalLearner',

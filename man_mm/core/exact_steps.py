@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .checkpointing import check_cut
 from .front import Front
 from .gradient_relay import caught, injected
-from .learner import Backward, LocalLearner, default_backward
-from .local_losses import ENTRY, readers
+from .learner import LocalLearner
+from .local_losses import ENTRY, Backward, default_backward, readers
 from .micro_batches import Maps
 from .partition import LocalModule, outlets
 from .patches import Forward, patched
@@ -88,7 +88,7 @@ class ExactSteps:
         self._order = ((run, part) for run in self._runs for part in run.parts)
         self._next = next(self._order)
         try:
-            with self._patched() as stack:
+            with learner.lean(), ExitStack() as stack:
                 if self.weight:
                     self._watch_frozen(stack)
                 for run in self._runs:
@@ -121,7 +121,7 @@ class ExactSteps:
         """
         backward = backward or default_backward
         try:
-            with self._patched():
+            with self.learner.lean():
                 while self._runs:
                     self._replay(self._runs[-1], backward)
                     self._runs.pop()
@@ -138,13 +138,6 @@ class ExactSteps:
         self._grads = {}
         self._frozen = {}
         self.learner.forget()
-
-    @contextmanager
-    def _patched(self) -> Iterator[ExitStack]:
-        with ExitStack() as stack:
-            for submodule, wrap in self.learner.patches:
-                stack.enter_context(patched(submodule, wrap))
-            yield stack
 
     def _watch_frozen(self, stack: ExitStack) -> None:
         """Keeps for the heads what enters the first unit, and what is not replayed."""

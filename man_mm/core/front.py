@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .gradient_relay import injected
-from .learner import Backward
-from .local_losses import ENTRY
+from .local_losses import ENTRY, Backward
 from .partition import LocalModule
 
 

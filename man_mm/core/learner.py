@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -10,19 +10,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bank import MemoryBank
-from .checkpointing import (
-    check_cut,
-    checkpoints_itself,
-    recomputed,
-    require_grad,
-)
+from .checkpointing import check_cut, checkpoints_itself, recomputed, require_grad
+from .compressed_activations import CompressedActivations
 from .entry import Entry
-from .local_losses import ENTRY, local_loss, readers, reads_entry, remember
+from .local_losses import (
+    ENTRY,
+    Backward,
+    default_backward,
+    local_loss,
+    readers,
+    reads_entry,
+    remember,
+)
 from .micro_batches import (
     Chain,
     Maps,
     MicroBatches,
-    check_maps,
+    check_size,
     join_slices,
     slices_of,
     write_slices,
@@ -30,8 +34,6 @@ from .micro_batches import (
 from .observer import Observer
 from .partition import LocalModule, Unit, branches, outlets
 from .patches import Wrap, patched
-
-Backward = Callable[[Tensor, LocalModule, bool], None]
 
 
 class LocalLearner:
@@ -72,6 +74,7 @@ class LocalLearner:
         patches: Submodules of network or heads, each with a wrapper for its forward
             function that is in place during a step only.
         micro_batch_size: Images that run through a module at a time. Defaults to all.
+        compressed: How activations are saved. Defaults to None: as they are.
 
     Attributes:
         active: The modules that `step` trains, in order. Defaults to all of them.
@@ -80,13 +83,11 @@ class LocalLearner:
         entry: Where the network enters its first unit.
         losses: Detached local losses of the latest step, by module name.
         bank_bytes: Most bytes that the bank held in the latest step.
-        observer: Told when a module has ended, if there is one; the bank has one of
-            its own. Defaults to None.
+        observer: Told when a module has ended; the bank has its own. Defaults to None.
 
     Raises:
-        ValueError: If the numbers of modules and heads do not match, if
-            ``micro_batch_size`` is less than 1, or if units output something else
-            than maps and cannot run on slices.
+        ValueError: If the numbers of modules and heads do not match, or for
+            ``micro_batch_size`` less than 1 or units that take more than maps.
 
     Examples:
         >>> import torch
@@ -121,19 +122,15 @@ class LocalLearner:
         bank: MemoryBank | None = None,
         patches: Sequence[tuple[nn.Module, Wrap]] = (),
         micro_batch_size: int | None = None,
+        compressed: CompressedActivations | None = None,
     ) -> None:
         if len(heads) not in (0, len(modules) - 1):
             raise ValueError(
                 f'{len(modules)} modules need {len(modules) - 1} auxiliary heads, '
                 f'one for each but the last; got {len(heads)}.'
             )
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(
-                f'micro_batch_size must be at least 1 image, got {micro_batch_size}.'
-            )
-        units = [unit for module in modules for unit in module.units]
         if micro_batch_size is not None:
-            check_maps(units, 'micro_batch_size', 'remove micro_batch_size')
+            check_size(micro_batch_size, modules)
         self.model = model
         self.modules = tuple(modules)
         self.active = self.modules
@@ -141,6 +138,7 @@ class LocalLearner:
         self.bank = bank
         self.patches = tuple(patches)
         self.micro_batch_size = micro_batch_size
+        self.compressed = compressed
         self.entry = Entry(model, modules[0].units[0].name)
         self.targets: Any = None
         self.losses: dict[str, Tensor] = {}
@@ -193,9 +191,9 @@ class LocalLearner:
         self.start(targets)
         with ExitStack() as stack:
             stack.callback(self.forget)
+            if len(self.modules) > 1 or self.compressed is not None:
+                stack.enter_context(self.lean())
             if len(self.modules) > 1:
-                for submodule, wrap in self.patches:
-                    stack.enter_context(patched(submodule, wrap))
                 for module in self.active:
                     self._arm(module, backward or default_backward, stack)
             yield
@@ -205,12 +203,18 @@ class LocalLearner:
                         f'The forward pass never ran the cut {module.cut!r}.'
                     )
 
-    def start(self, targets: Any = None) -> None:
-        """Begins a step; `step` calls it, and so do exact steps.
+    @contextmanager
+    def lean(self) -> Iterator[None]:
+        """Puts `patches` and compression in place; `step` and exact steps call it."""
+        with ExitStack() as stack:
+            for submodule, wrap in self.patches:
+                stack.enter_context(patched(submodule, wrap))
+            if self.compressed is not None:
+                stack.enter_context(self.compressed.saving())
+            yield
 
-        Args:
-            targets: See `step`.
-        """
+    def start(self, targets: Any = None) -> None:
+        """Begins a step; `step` calls it, and so do exact steps."""
         self.targets = targets
         self.losses = {}
         self.bank_bytes = 0
@@ -247,7 +251,9 @@ class LocalLearner:
             self._arm_hooks(module, backward, stack)
         if needs_grad:
             start = next(iter(parts.values()))
-            hook = start.register_forward_pre_hook(_require_grad)
+            hook = start.register_forward_pre_hook(
+                lambda _, args: (require_grad(args[0]), *args[1:])
+            )
             stack.callback(hook.remove)
 
     def _enter(self, _submodule: nn.Module, args: tuple) -> tuple:
@@ -389,12 +395,3 @@ class LocalLearner:
                 'the network has no single path there.'
             )
         check_cut(module.cut, output, getattr(output, 'requires_grad', False))
-
-
-def default_backward(loss: Tensor, module: LocalModule, complete: bool) -> None:
-    """Back-propagates a local loss and updates nothing; see `LocalLearner.step`."""
-    loss.backward()
-
-
-def _require_grad(_submodule: nn.Module, args: tuple) -> tuple:
-    return require_grad(args[0]), *args[1:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,13 @@ from .micro_batches import Maps, slice_batch
 from .partition import LocalModule
 
 ENTRY = 'entry'
+Backward = Callable[[Tensor, LocalModule, bool], None]
 Losses = Tensor | Mapping[str, Any]
+
+
+def default_backward(loss: Tensor, module: LocalModule, complete: bool) -> None:
+    """Back-propagates a local loss and updates nothing; see `LocalLearner.step`."""
+    loss.backward()
 
 
 def local_loss(

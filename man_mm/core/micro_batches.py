@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .partition import Unit
+from .partition import LocalModule, Unit
 from .patches import Forward
 
 Maps = dict[str, Tensor]
@@ -83,6 +83,22 @@ def check_maps(units: Sequence[Unit], user: str, fix: str) -> None:
             f'{user} needs units that take nothing but a map, and {units[0].name!r} '
             f'takes more: {fix}.'
         )
+
+
+def check_size(size: int, modules: Sequence[LocalModule]) -> None:
+    """Refuses a size of micro-batches that is none, or units that take no slices.
+
+    Args:
+        size: Images that run at a time.
+        modules: All modules of a network.
+
+    Raises:
+        ValueError: If it is less than 1, or units are not for `MicroBatches`.
+    """
+    if size < 1:
+        raise ValueError(f'micro_batch_size must be at least 1 image, got {size}.')
+    units = [unit for module in modules for unit in module.units]
+    check_maps(units, 'micro_batch_size', 'remove micro_batch_size')
 
 
 def slices_of(count: int, size: int) -> list[slice]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .compressed_activations import uncompressed
 from .micro_batches import slices_of
 
 RowLoss = Callable[..., Tensor]
@@ -76,7 +77,7 @@ class _SlicedSum(torch.autograd.Function):
         pred, *others = ctx.saved_tensors
         grad_pred = torch.empty_like(pred)
         for some in slices_of(len(pred), ctx.rows):
-            with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            with torch.enable_grad(), torch.autocast(**ctx.autocast), uncompressed():
                 leaf = pred[some].detach().requires_grad_()
                 loss = ctx.fn(leaf, *(other[some] for other in others))
             (grad_pred[some],) = torch.autograd.grad(loss, leaf, grad.expand_as(loss))

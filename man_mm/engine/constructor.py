@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from man_mm.aux_heads import find_sites
 from man_mm.backbones import find_units, probe
-from man_mm.core import LocalLearner, split
+from man_mm.core import CompressedActivations, LocalLearner, split
 from man_mm.core.partition import Measure
 from man_mm.core.random_states import random_state_kept
 from man_mm.measure.model_costs import measure_units
@@ -32,7 +32,7 @@ from .data_parallel import free_buckets
 from .distributed import broadcast_module
 from .fully_sharded_model import FullyShardedModel
 from .loss_patches import loss_patches
-from .memory_patches import fold_patches, recompute_patches
+from .memory_patches import compression_patches, fold_patches, recompute_patches
 from .optim_wrapper import LocalLearningOptimWrapper
 from .options import check_paramwise, complete_options
 
@@ -43,6 +43,7 @@ LEARNER_OPTIONS = (
     'recompute',
     'efficient_conv_bn_eval',
     'recompute_losses',
+    'activation_bits',
 )
 
 
@@ -74,6 +75,8 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - ``recompute_losses=True``: compute elementwise losses, such as the focal loss,
       a few rows at a time, and again in the backward pass; see
       `man_mm.engine.loss_patches.loss_patches`.
+    - ``activation_bits=None``: 8 or 4 to save activations in so many bits a value; see
+      `man_mm.core.CompressedActivations`.
     - ``base_constructor='DefaultOptimWrapperConstructor'``: the constructor that
       groups the model's parameters, such as
       ``'LearningRateDecayOptimWrapperConstructor'`` of mmpretrain for layer-wise
@@ -203,6 +206,7 @@ def build_learner(
     efficient_conv_bn_eval: bool = True,
     micro_batch_size: int | None = None,
     recompute_losses: bool = True,
+    activation_bits: int | None = None,
     with_heads: bool = True,
 ) -> LocalLearner:
     """Partitions a model and builds its auxiliary heads, of its device and dtype.
@@ -219,6 +223,7 @@ def build_learner(
         efficient_conv_bn_eval: See there.
         micro_batch_size: See there.
         recompute_losses: See there.
+        activation_bits: See there.
         with_heads: Whether there are auxiliary heads. Exact steps need none, and
             neither ``aux_head`` then. Defaults to True.
 
@@ -247,6 +252,7 @@ def build_learner(
             efficient_conv_bn_eval=efficient_conv_bn_eval,
             micro_batch_size=micro_batch_size,
             recompute_losses=recompute_losses,
+            activation_bits=activation_bits,
         ),
     )
     cuts = root.TASK_UTILS.build(dict(partition)).cuts(units, measure)
@@ -265,8 +271,17 @@ def build_learner(
     if efficient_conv_bn_eval:
         patches += fold_patches(model, units)
     patches += recompute_patches(model, units, recompute)
+    compressed = None
+    if activation_bits is not None:
+        compressed = CompressedActivations(activation_bits)
+        patches += compression_patches(model, *heads)
     learner = LocalLearner(
-        model, modules, heads, patches=patches, micro_batch_size=micro_batch_size
+        model,
+        modules,
+        heads,
+        patches=patches,
+        micro_batch_size=micro_batch_size,
+        compressed=compressed,
     )
     broadcast_module(learner.heads)
     return learner

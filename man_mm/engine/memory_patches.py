@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from man_mm.core import Unit
 from man_mm.core.checkpointing import recomputed
+from man_mm.core.compressed_activations import uncompressed
 from man_mm.core.conv_bn import fold_norms
+from man_mm.core.max_pool import light_max_pool
 from man_mm.core.micro_batches import Chain, Maps, MicroBatches, check_maps
 from man_mm.core.partition import LocalModule, outlets
-from man_mm.core.patches import Wrap
+from man_mm.core.patches import Forward, Wrap
 from man_mm.core.second_runs import trainable_parts
 
 Patches = list[tuple[nn.Module, Wrap]]
@@ -57,6 +60,34 @@ def recompute_patches(
                 ) from None
             patches.append((submodule, recomputed(submodule)))
     return patches
+
+
+def compression_patches(*modules: nn.Module) -> Patches:
+    """What goes with compressed activations.
+
+    Losses save what they are of as it is, and max poolings a byte a value instead of
+    64-bit integers, which are not compressed.
+
+    Args:
+        *modules: Networks and heads.
+    """
+    patches = []
+    for module in modules:
+        for submodule in module.modules():
+            if hasattr(submodule, 'loss_weight'):  # of all losses of OpenMMLab
+                patches.append((submodule, _uncompressed))
+            elif type(submodule) is nn.MaxPool2d:
+                if wrap := light_max_pool(submodule):
+                    patches.append((submodule, wrap))
+    return patches
+
+
+def _uncompressed(forward: Forward) -> Forward:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with uncompressed():
+            return forward(*args, **kwargs)
+
+    return call
 
 
 def module_patches(model: nn.Module, modules: Sequence[LocalModule]) -> Patches:

@@ -18,6 +18,7 @@ DEFAULTS = dict(
     recompute=(),
     efficient_conv_bn_eval=True,
     recompute_losses=True,
+    activation_bits=None,
     base_constructor='DefaultOptimWrapperConstructor',
 )
 # What DefaultOptimWrapperConstructor of mmengine reads.
@@ -92,6 +93,10 @@ def _is_count(value: Any) -> bool:
     return value is None or (is_int and value > 0)
 
 
+def _is_bits(value: Any) -> bool:
+    return value is None or (type(value) is int and value in (8, 4))
+
+
 def _is_factor(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and value >= 0
@@ -125,5 +130,9 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     'recompute': ('a list of names of submodules', _is_names),
     'efficient_conv_bn_eval': ('True or False', _is_switch),
     'recompute_losses': ('True or False', _is_switch),
+    'activation_bits': (
+        'None, 8 or 4',
+        _is_bits,
+    ),
     'base_constructor': ('the name of a constructor', lambda v: isinstance(v, str)),
 }

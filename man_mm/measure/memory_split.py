@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 )
 
 from man_mm.core import LocalLearner, LocalModule
-from man_mm.core.checkpointing import top_saved_tensors_hooks
+from man_mm.core.checkpointing import in_checkpoint, top_saved_tensors_hooks
 from man_mm.core.storages import find_storages
 
 from .memory_regions import OTHER, Groups, Regions
@@ -132,7 +132,7 @@ class MemorySplit:
     def reads(self, keys: Iterable[int]) -> None:
         """The running op reads storages."""
         if self._under_other_hooks and self._regions.in_backward:
-            if not self._has_other_hooks():
+            if not in_checkpoint():  # which makes again what is read next
                 for key in self._under_other_hooks.keys() & keys:
                     self._under_other_hooks[key].is_read = True
 

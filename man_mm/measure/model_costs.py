@@ -16,7 +16,7 @@ from torch import nn
 
 from man_mm.backbones import find_units
 from man_mm.core import LocalLearner, MemoryBank
-from man_mm.core.learner import Backward
+from man_mm.core.local_losses import Backward
 from man_mm.core.random_states import random_state_kept
 
 from .peaks import UnitCost
@@ -57,6 +57,7 @@ def measure_units(
         learner = build(twin, dict(type='CutPartition', cuts=cuts))
         if plain:
             learner.patches, learner.micro_batch_size = (), None
+            learner.compressed = None
         if any(getattr(head, 'needs_bank', False) for head in learner.heads):
             learner.bank = MemoryBank()
         batch = synthetic_batch(twin, shape)

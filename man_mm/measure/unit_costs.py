@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from man_mm.core.checkpointing import require_grad
-from man_mm.core.learner import Backward, LocalLearner
+from man_mm.core.learner import LocalLearner
+from man_mm.core.local_losses import Backward
 from man_mm.core.partition import LocalModule, ends_of_stages, outlets
 from man_mm.core.patches import Forward
 from man_mm.core.storages import tensor_bytes

@@ -11,8 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from man_mm.core.learner import Backward, LocalLearner, default_backward
-from man_mm.core.local_losses import ENTRY
+from man_mm.core.learner import LocalLearner
+from man_mm.core.local_losses import ENTRY, Backward, default_backward
 from man_mm.core.micro_batches import Chain, Maps, MicroBatches, check_maps
 from man_mm.core.partition import LocalModule, ends_of_stages, outlets
 from man_mm.core.patches import patched

@@ -15,6 +15,7 @@ from packages import BUILT_FROM, ROOT, build_wheel, run_python
 
 import man_mm
 
+pytest_plugins = ['built_site']
 MMDET = Path(find_spec('mmdet').origin).parent
 STOCK = {
     'retinanet': 'retinanet/retinanet_r50_fpn_1x_coco.py',

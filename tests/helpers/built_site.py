@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 from filelock import FileLock
-from mkdocs.commands.build import build
-from mkdocs.config import load_config
 
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
 
 
 def build_site(folder):
     """Builds as `mkdocs build` does; fails at the first link that leads nowhere."""
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
     config = load_config('mkdocs.yml', site_dir=str(folder))
     config.plugins.on_startup(command='build', dirty=False)
     try:

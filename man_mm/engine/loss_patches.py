@@ -13,6 +13,8 @@ from man_mm.core.checkpointing import recomputed
 from man_mm.core.patches import Forward, Wrap
 from man_mm.core.sliced_losses import sliced_sum
 
+from .unread_losses import unread
+
 # Written in PyTorch, they save many maps of the size of the logits. None has a state,
 # and each row of their predictions has a loss of its own.
 ELEMENTWISE_LOSSES = (
@@ -50,7 +52,8 @@ def loss_patches(*modules: nn.Module) -> list[tuple[nn.Module, Wrap]]:
 def _sliced(loss: nn.Module) -> Wrap:
     def wrap(forward: Forward) -> Forward:
         signature = inspect.signature(forward)
-        whole = recomputed(loss)(forward)
+        run = unread(loss, forward)
+        whole = recomputed(loss)(run)
 
         def call(*args: Any, **kwargs: Any) -> Tensor:
             given = signature.bind(*args, **kwargs).arguments
@@ -58,8 +61,8 @@ def _sliced(loss: nn.Module) -> Wrap:
                 return forward(*args, **kwargs)
             rows = _rows(loss, **given)
             if rows is None:
-                return whole(*args, **kwargs)
-            return _reduced(loss, forward, rows, **given)
+                return whole(**given)
+            return _reduced(loss, run, rows, **given)
 
         return call
 

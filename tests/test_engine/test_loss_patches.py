@@ -5,11 +5,13 @@ from contextlib import ExitStack
 import pytest
 import torch
 from mmdet.models import losses as mmdet_losses
+from reads import count_reads
 
 from man_mm.core.patches import patched
 from man_mm.core.sliced_losses import sliced_sum
 from man_mm.engine import loss_patches
 from man_mm.engine.loss_patches import ELEMENTWISE_LOSSES
+from man_mm.engine.unread_losses import unread
 from man_mm.measure.memory import measure_memory
 
 ROWS, CLASSES = 60, 4
@@ -126,6 +128,37 @@ def test_targets_with_a_gradient_and_small_losses_run_as_a_whole(sliced):
         loss(pred[:4], target[:4].detach())
         loss(pred[:0], target[:0].detach())
     assert not sliced
+
+
+@pytest.mark.parametrize('is_sliced', [True, False])
+@pytest.mark.parametrize('name', CASES)
+def test_no_value_is_read(name, is_sliced, monkeypatch):
+    monkeypatch.setattr(loss_patches, '_SLICE', {'cpu': 64 if is_sliced else 2**17})
+    loss = build(name)
+    with count_reads() as reads:
+        result(loss, name, True, avg_factor=7.0)
+    assert not reads
+    with count_reads() as reads:
+        result(loss, name, False, avg_factor=7.0)
+    reading = ('FocalLoss', 'QualityFocalLoss', 'QualityFocalLoss, tensor')
+    assert bool(reads) == (name in reading)  # control
+
+
+@pytest.mark.parametrize(
+    'name, option', [('FocalLoss', 'gamma'), ('QualityFocalLoss', 'beta')]
+)
+def test_what_is_not_read_changes_no_bit(name, option):
+    plain, other, changed = (
+        result(build(name, **options), name, is_patched, avg_factor=7.0)
+        for options, is_patched in (({}, False), ({}, True), ({option: 1.9}, True))
+    )
+    assert all(map(torch.equal, plain, other))
+    assert not any(map(torch.equal, plain, changed))  # control
+
+
+def test_activated_losses_stay_as_they_are():
+    loss = build('QualityFocalLoss', activated=True)
+    assert unread(loss, loss.forward) == loss.forward
 
 
 def test_a_patch_does_not_outlive_the_step(sliced):

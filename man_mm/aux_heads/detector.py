@@ -9,22 +9,26 @@ from typing import Any
 
 import torch
 from mmengine import registry as root
-from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from man_mm.backbones import find_outputs
 from man_mm.core import MemoryBank
 
+from .atss import Size, Targets, assign, make_level
 from .base import AuxSite, in_full_precision
+from .dense_losses import box_losses, class_loss
 from .pyramid import LocalPyramid
-from .sliced_assigner import SlicedAssigner
 
 _FINEST_STRIDE = 8
 _COARSEST_STRIDE = 128
+_BOX_WEIGHT = 2.0
 
 
 class LightDetector(nn.Module):
-    """`LocalPyramid` and an ATSS head of mmdet; arguments as in `MANDetHead`."""
+    """`LocalPyramid` and an ATSS head of mmdet; arguments as in `MANDetHead`.
+
+    Targets and losses are those of mmdet too, written so that a GPU does not wait.
+    """
 
     def __init__(
         self,
@@ -59,26 +63,13 @@ class LightDetector(nn.Module):
                     scales_per_octave=1,
                     strides=self.pyramid.levels,
                 ),
-                loss_cls=dict(
-                    type='CrossEntropyLoss',
-                    use_sigmoid=True,
-                    loss_weight=cls_weight,
-                ),
-                loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
-                train_cfg=dict(
-                    assigner=dict(type='ATSSAssigner', topk=9),
-                    allowed_border=-1,
-                    pos_weight=-1,
-                    debug=False,
-                ),
             )
         )
         self.head.init_weights()
-        self.head.assigner = SlicedAssigner(self.head.assigner)
         self.head.register_forward_hook(in_full_precision)
-        self.assign = self.head.get_targets
-        self.head.get_targets = self._get_targets
-        self._shared: dict = {}
+        self.cls_weight = cls_weight
+        anchors = self.head.prior_generator.base_anchors
+        self.anchors = [level.flatten().tolist() for level in anchors]
         if coder := box_coder(site.model):
             self.head.bbox_coder = copy.deepcopy(coder)
 
@@ -86,19 +77,34 @@ class LightDetector(nn.Module):
         self, maps: Mapping[str, Tensor], targets: Any, bank: MemoryBank | None
     ) -> dict[str, Any]:
         """Local detection losses; see `AuxHead.forward`."""
-        self._shared = {} if bank is None else bank.shared
-        predictions = self.head(tuple(self.pyramid(maps, bank)))
-        objects, ignored, metas = _ground_truth(targets, self.class_agnostic)
-        losses = self.head.loss_by_feat(*predictions, objects, metas, ignored)
-        self._shared = {}  # nothing of a step may survive it
-        return losses
-
-    def _get_targets(self, anchors: list, *args: Any, **kwargs: Any) -> tuple:
+        scores, offsets, centerness = self.head(tuple(self.pyramid(maps, bank)))
+        sizes = tuple(tuple(score.shape[-2:]) for score in scores)
         # Heads on the same grid have the same targets: assign them once a step.
-        grid = tuple(len(level) for level in anchors[0])
-        if grid not in self._shared:
-            self._shared[grid] = self.assign(anchors, *args, **kwargs)
-        return self._shared[grid]
+        shared = {} if bank is None else bank.shared
+        grid = (*zip(self.pyramid.levels, sizes, strict=True),)
+        if grid not in shared:
+            shared[grid] = self._assign(sizes, targets, scores[0].device)
+        known = shared[grid]
+        count, total = _average(known.count, known.centerness.sum())
+        boxes, centers = box_losses(offsets, centerness, known, self.head.bbox_coder)
+        return dict(
+            loss_cls=self.cls_weight * class_loss(scores, known) / count,
+            loss_bbox=_BOX_WEIGHT * boxes / total.clamp(min=1),
+            loss_centerness=centers / count,
+        )
+
+    def _assign(
+        self, sizes: tuple[Size, ...], targets: Any, device: torch.device
+    ) -> Targets:
+        boxes, labels = _ground_truth(targets, self.class_agnostic)
+        strides = self.pyramid.levels
+        levels = [
+            make_level(*level, device)
+            for level in zip(sizes, strides, self.anchors, strict=True)
+        ]
+        shapes = [sample.pad_shape for sample in targets]
+        valid = [_without_padding(sizes, strides, shape) for shape in shapes]
+        return assign(levels, valid, boxes, labels, self.head.num_classes)
 
 
 def check_options(channels: int, num_convs: int, cls_weight: float) -> None:
@@ -201,28 +207,42 @@ def _generator(model: nn.Module) -> Any:
     return next((head.prior_generator for head in _dense_heads(model)), None)
 
 
+def _average(*scalars: Tensor) -> Tensor:
+    """Means ``(n,)`` of n scalars over all processes."""
+    from mmdet.utils import reduce_mean
+
+    return reduce_mean(torch.stack([x.float() for x in scalars]))
+
+
+def _without_padding(
+    sizes: Sequence[Size], strides: Sequence[int], shape: Sequence[int]
+) -> tuple[Size, ...]:
+    """The part of each level that an image of some height and width takes."""
+    return tuple(
+        tuple(min(math.ceil(x / stride), n) for x, n in zip(shape, size, strict=False))
+        for size, stride in zip(sizes, strides, strict=True)
+    )
+
+
 def _ground_truth(
     targets: Sequence[Any], class_agnostic: bool
-) -> tuple[list[Any], list[Any], list[dict]]:
-    """Boxes with labels, boxes to ignore, and the description of each image.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Boxes ``(M, 4)`` and labels ``(M,)`` of the objects of each image.
 
     Boxes are those around the masks where there are masks only. Proposals of an RPN
     have one class, whatever the objects are.
     """
-    from mmdet.models.utils import unpack_gt_instances
-
-    found, ignored, metas = unpack_gt_instances(targets)
-    objects = []
-    for instances in found:
-        labels = instances.labels
+    boxes, labels = [], []
+    for sample in targets:
+        instances = sample.gt_instances
+        classes = instances.labels
         if 'bboxes' in instances:
-            boxes = instances.bboxes
+            boxes.append(instances.bboxes)
         else:
-            boxes = instances.masks.get_bboxes('hbox').tensor.to(labels.device)
-        if class_agnostic:
-            labels = torch.zeros_like(labels)
-        objects.append(InstanceData(bboxes=boxes, labels=labels))
-    return objects, ignored, metas
+            around = instances.masks.get_bboxes('hbox').tensor
+            boxes.append(around.to(classes.device))
+        labels.append(torch.zeros_like(classes) if class_agnostic else classes)
+    return boxes, labels
 
 
 def find_levels(strides: list[int]) -> list[int]:

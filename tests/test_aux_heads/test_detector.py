@@ -11,10 +11,12 @@ from conftest import (
     detection_targets,
     detector_config,
 )
+from dense_heads import build_reference
 from mmengine.logging import MessageHub
 from mmengine.registry import TASK_UTILS
 from torch import nn
 
+from man_mm.aux_heads import detector
 from man_mm.aux_heads.detector import (
     anchor_scale,
     box_coder,
@@ -109,17 +111,27 @@ def light(model):
     return head, {tap.name: torch.randn(2, tap.channels, side, side)}
 
 
+def reference_loss(detector, maps, samples):
+    """The loss of mmdet's head with the weights of ours."""
+    scale = detector.head.prior_generator.octave_base_scale
+    reference = build_reference(
+        detector.pyramid.levels, detector.head.num_classes, scale, channels=64
+    )
+    reference.load_state_dict(detector.head.state_dict())
+    reference.bbox_coder = detector.head.bbox_coder
+    return total_loss(reference.loss(tuple(detector.pyramid(maps)), samples))
+
+
 def test_the_loss_is_that_of_the_head_of_mmdet(retinanet):
     head, maps = light(retinanet)
     samples = detection_targets()
     assert all(len(sample.ignored_instances) for sample in samples)
-    ours = head(maps, samples, None)
-    detector = head.detector
-    theirs = detector.head.loss(tuple(detector.pyramid(maps)), samples)
-    assert total_loss(ours) == total_loss(theirs)
+    ours = total_loss(head(maps, samples, None))
+    theirs = reference_loss(head.detector, maps, samples)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     del samples[0].gt_instances  # control
     samples[0].gt_instances = samples[1].gt_instances
-    assert total_loss(head(maps, samples, None)) != total_loss(ours)
+    assert abs(total_loss(head(maps, samples, None)) - theirs) > 1e-3 * theirs
 
 
 def test_boxes_come_from_masks_where_there_are_masks_only(retinanet):
@@ -174,13 +186,14 @@ def test_targets_are_those_of_the_images_as_they_were_resized():
         torch.testing.assert_close(2 * a.gt_instances.bboxes, b.gt_instances.bboxes)
 
 
-def test_heads_share_their_targets():
+@pytest.mark.parametrize('bank, calls', [(True, 2), (False, 3)])
+def test_heads_on_the_same_levels_share_their_targets(bank, calls, monkeypatch):
+    """By way of the bank; without it, each has its own."""
     model = build_detector(detector_config('retinanet', 18))
-    wrapper = build_wrapper(model)
-    calls = []
-    for head in wrapper.learner.heads:
-        assign = head.detector.assign
-        head.detector.assign = lambda *a, f=assign, **k: calls.append(1) or f(*a, **k)
-    model.train_step(batch_of(), wrapper)
-    model.train_step(batch_of(), wrapper)
-    assert len(calls) == 2
+    wrapper = build_wrapper(model, bank=bank, aux_head=dict(use_bank=False))
+    assert [len(head.detector.anchors) for head in wrapper.learner.heads] == [5, 5, 4]
+    seen, assign = [], detector.assign
+    monkeypatch.setattr(detector, 'assign', lambda *a: seen.append(1) or assign(*a))
+    for step in (1, 2):
+        model.train_step(batch_of(), wrapper)
+        assert len(seen) == step * calls

@@ -20,6 +20,7 @@ MMDET = Path(find_spec('mmdet').origin).parent
 STOCK = {
     'retinanet': 'retinanet/retinanet_r50_fpn_1x_coco.py',
     'atss': 'atss/atss_r50_fpn_1x_coco.py',
+    'gfl': 'gfl/gfl_r50_fpn_1x_coco.py',
     'faster_rcnn': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
 }
 LOCAL_LEARNING = dict(

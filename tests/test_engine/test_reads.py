@@ -16,16 +16,22 @@ from mmengine.optim import build_optim_wrapper
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / 'helpers'))
 from conftest import (
+    batch_of,
     build_cifar_classifier,
+    build_detector,
     build_restorer,
     build_wrapper,
+    detector_config,
     image_pairs,
     labelled_images,
 )
 from reads import count_reads
 
+from man_mm.aux_heads import detector
+
 DOCUMENT = Path(__file__).parents[2] / 'docs/support.md'
 START, END = '<!-- reads -->', '<!-- end of reads -->'
+OF_DETECTORS = '<!-- reads of detectors -->', '<!-- end of reads of detectors -->'
 PRECISIONS = {
     'fp32': None,
     'bf16': dict(dtype='bfloat16'),
@@ -37,6 +43,17 @@ ROWS = {
     'K = 7': dict(num_modules=7),
     'K = 16': dict(num_modules=16),
     'K = 7, `MomentumHead`': dict(num_modules=7, head='MomentumHead'),
+}
+DETECTORS = {
+    'RetinaNet': ('retinanet', {}),
+    'RetinaNet, K = 8': (
+        'retinanet',
+        dict(partition=dict(type='UniformPartition', num_modules=8)),
+    ),
+    'RetinaNet, `DGLDetHead`': ('retinanet', dict(aux_head=dict(type='DGLDetHead'))),
+    'ATSS': ('atss', {}),
+    'GFL': ('gfl', {}),
+    'Faster R-CNN': ('faster_rcnn', {}),
 }
 STOCK = 2
 WARM_UP = 1  # the first step of an optimizer waits: there is no state to go back to
@@ -75,10 +92,15 @@ def stock_reads(model, batch=None):
     return reads_of(model, build_optim_wrapper(model, cfg), batch)
 
 
+def wrap_for(world):
+    """What a runner wraps a model in, for a number of processes."""
+    wrap = partial(MMDistributedDataParallel, broadcast_buffers=False)
+    return wrap if world > 1 else lambda model: model
+
+
 def measure(rank=0, world=1):
     """Reads by row and precision."""
-    wrap = partial(MMDistributedDataParallel, broadcast_buffers=False)
-    wrap = wrap if world > 1 else lambda model: model
+    wrap = wrap_for(world)
     return {
         row: [
             reads_of(*build(wrap=wrap, amp=amp, **options))
@@ -93,6 +115,33 @@ def measure_two(folder):
 
     build_cifar_classifier()  # what is imported before the fork is imported once
     return in_processes(measure, folder, 2)
+
+
+def local_reads_of(kind, wrap=lambda model: model, **options):
+    model = wrap(build_detector(detector_config(kind, 18)))
+    return reads_of(model, build_wrapper(model, **options), batch_of())
+
+
+def measure_detectors():
+    """Reads of a stock step and of a local one by detector."""
+    stock = {
+        kind: stock_reads(build_detector(detector_config(kind, 18)), batch_of())
+        for kind, _ in DETECTORS.values()
+    }
+    return {
+        row: (stock[kind], local_reads_of(kind, **options))
+        for row, (kind, options) in DETECTORS.items()
+    }
+
+
+def table_of_detectors(rows):
+    lines = ['| | stock mmengine | local learning |', '|---|---|---|']
+    lines += [f'| {row} | {stock} | {local} |' for row, (stock, local) in rows.items()]
+    return '\n'.join(lines)
+
+
+def written(start, end):
+    return DOCUMENT.read_text().partition(start)[2].partition(end)[0].strip()
 
 
 def table(one, two):
@@ -111,9 +160,35 @@ def test_a_stock_step_has_one_and_a_local_step_one_more(tmp_path):
     for row in ROWS:
         assert max(one[row]) <= STOCK + 1, row
         assert max(max(rank[row]) for rank in two) <= STOCK + 1, row
-    text = DOCUMENT.read_text()
-    written = text.partition(START)[2].partition(END)[0].strip()
-    assert written == table(one, two[0])
+    assert written(START, END) == table(one, two[0])
+
+
+def test_detectors_have_one_more_too():
+    rows = measure_detectors()
+    for row, (stock, local) in rows.items():
+        assert local <= stock + 1, row
+    assert written(*OF_DETECTORS) == table_of_detectors(rows)
+    assert local_reads_of('retinanet', amp=PRECISIONS['bf16']) <= rows['RetinaNet'][0]
+
+
+def reads_of_a_rank(rank, world):
+    return local_reads_of('retinanet', wrap_for(world))
+
+
+def test_a_detector_in_two_processes(tmp_path):
+    from test_distributed import in_processes
+
+    one = local_reads_of('retinanet')  # imports once what the fork needs
+    assert in_processes(reads_of_a_rank, tmp_path, 2) == [one, one]
+
+
+def test_a_loss_that_reads_is_found(monkeypatch):
+    plain = local_reads_of('retinanet')
+    average = detector._average
+    monkeypatch.setattr(
+        detector, '_average', lambda *x: [y.new_tensor(y.item()) for y in average(*x)]
+    )
+    assert local_reads_of('retinanet') == plain + 3 * 2  # control
 
 
 def test_what_is_counted():
@@ -125,12 +200,17 @@ def test_what_is_counted():
         lambda: x.tolist(),
         lambda: x.numpy(),
         lambda: 1 if x.sum() else 0,
+        lambda: x.nonzero(),
+        lambda: x[x > 0],
+        lambda: x.unique(),
+        lambda: x.masked_select(x > 0),
     ):
         with count_reads() as reads:
             read()
         assert len(reads) == 1
     with count_reads() as reads:
         torch.where(x > 0, x, 0).sum()
+        x[torch.tensor([1, 0])]
     assert not reads  # control
 
 
@@ -160,9 +240,13 @@ def test_a_step_that_reads_each_norm_is_found(monkeypatch):
     assert reads_of(model, wrapper) == STOCK + 1 + 7  # control
 
 
+def write(start, end, text):
+    before, _, rest = DOCUMENT.read_text().partition(start)
+    after = rest.partition(end)[2]
+    DOCUMENT.write_text(f'{before}{start}\n{text}\n{end}{after}')
+
+
 if __name__ == '__main__':
     with TemporaryDirectory() as folder:
-        written = table(measure(), measure_two(folder)[0])
-    before, _, rest = DOCUMENT.read_text().partition(START)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f'{before}{START}\n{written}\n{END}{after}')
+        write(START, END, table(measure(), measure_two(folder)[0]))
+    write(*OF_DETECTORS, table_of_detectors(measure_detectors()))

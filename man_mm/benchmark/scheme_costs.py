@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from .schemes import (
 )
 from .training_steps import Built, build_scheme
 
+_BUSY = 0.15
 _PLAIN = dict(highlight=False, markup=False)
 
 
@@ -109,6 +111,31 @@ def measure_schemes(
             results[name]['seconds'].append(_seconds(scheme.step, device))
             progress.advance(task)
     return results
+
+
+def drop_busy_times(results: dict[str, dict], console: Console) -> None:
+    """Drops all times if those of the first scheme say that the machine was busy.
+
+    Its steps are alike, so that their times are, too, unless something else ran.
+    Fewer than three times tell nothing.
+
+    Args:
+        results: Those of `measure_schemes`; changed in place.
+        console: Where it is said.
+    """
+    name, first = next(iter(results.items()))
+    seconds = first['seconds']
+    if len(seconds) < 3:
+        return
+    spread = (max(seconds) - min(seconds)) / statistics.median(seconds)
+    if spread > _BUSY:
+        for result in results.values():
+            result['seconds'] = []
+        console.print(
+            f'No times: those of {name} differ by {spread:.0%}, so something else ran '
+            f'on this machine (limit: {_BUSY:.0%}). Bytes and FLOPs are not affected.',
+            **_PLAIN,
+        )
 
 
 @contextmanager
@@ -220,7 +247,8 @@ def measure_configs(
         schemes: As in `measure_schemes`.
         device: Where to train.
         options: Settings that override the configs, each ``KEY=VALUE``.
-        out: Folder for JSON files, written as soon as a config is measured.
+        out: Folder for JSON files, written as soon as a config is measured; without
+            times where `drop_busy_times` drops them.
         console: Where progress is shown.
 
     Returns:
@@ -243,6 +271,7 @@ def measure_configs(
         console.rule(f'{Path(config).stem}, {batch} x {size[0]}x{size[1]}')
         cfg = load_config(config, options)
         results = measure_schemes(cfg, size, batch, repeats, schemes, device, console)
+        drop_busy_times(results, console)
         records = make_records(results, config, size, batch, device, options)
         everything += records
         if out:

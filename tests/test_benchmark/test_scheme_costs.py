@@ -7,6 +7,7 @@ import torch
 from conftest import batch_of
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
+from rich.console import Console
 from scripts import run_script
 
 from man_mm.benchmark import scheme_costs, schemes, training_steps
@@ -317,6 +318,22 @@ def peaks(cfg, *names):
     init_default_scope('mmdet')
     results = scheme_costs.measure_schemes(cfg, (96, 96), 8, 0, names)
     return {name: row['peak'] for name, row in results.items()}
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'kept'),
+    [
+        ([1.0, 1.05, 1.1], True),
+        ([1.0, 1.0, 1.2], False),
+        ([1.0, 2.0], True),  # too few to tell
+        ([], True),
+    ],
+)
+def test_times_of_a_busy_machine_are_dropped(seconds, kept, capsys):
+    results = {name: dict(seconds=seconds) for name in ('end-to-end', 'local')}
+    scheme_costs.drop_busy_times(results, Console())
+    assert all(row['seconds'] == (seconds if kept else []) for row in results.values())
+    assert ('those of end-to-end differ by 20%' in capsys.readouterr().out) != kept
 
 
 def test_losses_are_recomputed_where_asked_for(cfg):

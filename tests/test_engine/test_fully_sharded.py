@@ -18,7 +18,6 @@ from short_runs import different
 from test_distributed import in_processes, share
 
 from man_mm import FullyShardedModel
-from man_mm.engine.distributed import is_sharded
 
 # As mmengine's runner makes it.
 DDP = partial(MMDistributedDataParallel, broadcast_buffers=False)
@@ -174,94 +173,6 @@ def test_control_without_averages(tmp_path):
     right, own_norm, added, averaged = rank0
     assert different(right[0], own_norm[0])
     assert different(averaged[0], added[0])
-
-
-def local_bytes(tensors):
-    """Bytes of the storages behind a process's parts."""
-    parts = [t.to_local() if is_sharded(t) else t for t in tensors]
-    storages = {part.untyped_storage().data_ptr(): part for part in parts}
-    return sum(part.untyped_storage().nbytes() for part in storages.values())
-
-
-def count_bytes(rank, world, kind):
-    """Bytes of weights, gradients and optimizer state, between steps."""
-    model = build_classifier(18)
-    wrapped = kind(model)
-    wrapper = build_wrapper(wrapped, update='iteration', optimizer=ADAM)
-    optimizer = wrapper.optimizer
-    counts = {}
-
-    def count(*_):
-        params = [p for group in optimizer.param_groups for p in group['params']]
-        counts['gradients'] = local_bytes([p.grad for p in params])
-
-    optimizer.register_step_pre_hook(count)
-    wrapped.train_step(share(batches(1)[0], rank, world), wrapper)
-    heads = wrapper.learner.heads.parameters()
-    counts['weights'] = local_bytes([*model.parameters(), *heads])
-    states = [v for state in optimizer.state.values() for v in state.values()]
-    counts['optimizer'] = local_bytes(states)
-    return counts
-
-
-@pytest.mark.parametrize('world', [2, 4])
-def test_a_process_has_its_part(tmp_path, world):
-    copied = in_processes(count_bytes, tmp_path, world, DDP)[0]
-    for sharded in in_processes(count_bytes, tmp_path, world, FullyShardedModel):
-        for name, nbytes in copied.items():
-            assert sharded[name] == pytest.approx(nbytes / world, rel=0.05), name
-
-
-def follow_weights(rank, world):
-    """Modules that have their weights while each runs, and bytes sent in a step."""
-    model = build_classifier(18)
-    wrapped = FullyShardedModel(model)
-    wrapper = build_wrapper(wrapped)
-    seen, sent = [], {'gathered': 0, 'reduced': 0}
-    starts = [model.get_submodule(m.parts[0]) for m in wrapper.learner.modules]
-
-    def look(*_):
-        seen.append([not is_sharded(next(start.parameters())) for start in starts])
-
-    for start in starts:
-        start.register_forward_pre_hook(look)
-    model.head.register_forward_pre_hook(look)
-    for key, name in (
-        ('gathered', 'all_gather_into_tensor'),
-        ('gathered', 'all_gather_single'),
-        ('reduced', 'reduce_scatter_tensor'),
-        ('reduced', 'reduce_scatter_single'),
-    ):
-        if function := getattr(torch.distributed, name, None):
-            spy = partial(count_whole, function, key, sent)
-            setattr(torch.distributed, name, spy)
-    batch = share(batches(1)[0], rank, world)
-    wrapped.train_step(batch, wrapper)
-    trained, traffic = list(seen), dict(sent)
-    seen.clear()
-    with torch.no_grad():
-        wrapped.eval().val_step(batch)
-    params = [*model.parameters(), *wrapper.learner.heads.parameters()]
-    assert all(map(is_sharded, params))
-    return trained, seen, traffic, sum(p.nbytes for p in params)
-
-
-def count_whole(function, key, sent, *args, **kwargs):
-    tensors = filter(torch.is_tensor, (*args, *kwargs.values()))
-    sent[key] += max(tensor.nbytes for tensor in tensors)
-    return function(*args, **kwargs)
-
-
-def test_one_module_has_its_weights(tmp_path):
-    only = [[i == j for i in range(4)] for j in range(4)]
-    for trained, predicted, traffic, nbytes in in_processes(
-        follow_weights, tmp_path, 2
-    ):
-        assert trained == [*only, only[-1]]  # at the model's own head the last has
-        assert predicted == [*only, [False] * 4]
-        # Each weight is gathered once and each gradient reduced once.
-        for sent in traffic.values():
-            assert sent == pytest.approx(nbytes, rel=0.02)
 
 
 def train_in_other_ways(rank, world):

@@ -1,8 +1,17 @@
-"""A model split over processes by FSDP2 learns what one copied to each of them does."""
+"""A model split over processes by FSDP2 learns what one copied to each of them does.
 
+``python tests/test_engine/test_fully_sharded.py`` writes what works into
+docs/support.md.
+"""
+
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / 'helpers'))
 import test_distributed
 import torch
 from conftest import (
@@ -19,6 +28,8 @@ from test_distributed import in_processes, share
 
 from man_mm import FullyShardedModel
 
+DOCUMENT = Path(__file__).parents[2] / 'docs/support.md'
+START, END = '<!-- sharded -->', '<!-- end of sharded -->'
 # As mmengine's runner makes it.
 DDP = partial(MMDistributedDataParallel, broadcast_buffers=False)
 ADAM = dict(type='AdamW', lr=1e-3, weight_decay=0.1)
@@ -43,6 +54,34 @@ CLOSE = {
     'clipped as one': dict(
         clip_grad=dict(max_norm=1e-2), clip='global', update='iteration'
     ),
+}
+BITWISE, ROUNDING = 'bitwise', 'up to rounding'
+RESUMING = 'test_checkpoints_and_resuming', 'test_fully_sharded_runs.py'
+ERRORS = 'test_errors', 'test_fully_sharded_runs.py'
+# What works, or is refused, with its test: a case or a test here, or a test and its file.
+ROWS = {
+    "`update='module'`": (BITWISE, 'module'),
+    "`update='iteration'`": (BITWISE, 'iteration'),
+    '`recompute`': (BITWISE, 'iteration'),
+    '`micro_batch_size`': (BITWISE, 'bfloat16'),
+    '`AmpLocalLearningOptimWrapper`, bfloat16': (BITWISE, 'bfloat16'),
+    '`AmpLocalLearningOptimWrapper`, float16': (BITWISE, 'float16'),
+    'one module (K = 1)': (BITWISE, 'end to end'),
+    '`clip_grad` by value': (BITWISE, 'end to end'),
+    '`clip_grad` by norm, a module at a time': (ROUNDING, 'test_four_processes'),
+    "`clip_grad` by norm, `clip='global'`": (ROUNDING, 'clipped as one'),
+    '`accumulative_counts`': (ROUNDING, 'accumulated'),
+    '`shard_size`, four processes': (ROUNDING, 'test_four_processes'),
+    '`offload`': ('bitwise that without it', 'test_mixed_precision_and_offloading'),
+    '`mixed_precision`': (
+        'that in float32, in direction',
+        'test_mixed_precision_and_offloading',
+    ),
+    'resuming': (BITWISE, *RESUMING),
+    'resuming on 1, 2 or 4 processes, sharded or not': (BITWISE, *RESUMING),
+    'validating while training': (BITWISE, 'module'),
+    '`EMAHook`': ('refused', *ERRORS),
+    '`compile`': ('refused', *ERRORS),
 }
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 
@@ -207,3 +246,32 @@ def test_mixed_precision_and_offloading(tmp_path):
     assert {value.dtype for value in mixed.values()} == {torch.float32}
     assert not torch.equal(*moves)  # control
     assert torch.cosine_similarity(*moves, dim=0) > 0.99
+
+
+def test_of(name, file='test_fully_sharded.py'):
+    """The test of a row."""
+    if name in EXACT | CLOSE:
+        name = 'test_equals_data_parallel'
+    assert f'def {name}(' in (Path(__file__).parent / file).read_text()
+    return f'[`{name}`](../tests/test_engine/{file})'
+
+
+def table():
+    lines = ['| with `FullyShardedModel` | equals data parallel | test |', '|---|---|---|']
+    for title, (result, *test) in ROWS.items():
+        lines.append(f'| {title} | {result} | {test_of(*test)} |')
+    return '\n'.join(lines)
+
+
+def test_the_document_has_this_table():
+    for result, cases in ((BITWISE, EXACT), (ROUNDING, CLOSE)):
+        listed = {row[1] for row in ROWS.values() if row[0] == result}
+        assert listed >= set(cases)
+    text = DOCUMENT.read_text()
+    assert text.partition(START)[2].partition(END)[0].strip() == table()
+
+
+if __name__ == '__main__':
+    before, _, rest = DOCUMENT.read_text().partition(START)
+    after = rest.partition(END)[2]
+    DOCUMENT.write_text(f'{before}{START}\n{table()}\n{END}{after}')

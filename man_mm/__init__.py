@@ -29,6 +29,7 @@ from man_mm.datasets import STL10, SVHN
 from man_mm.engine import (
     AmpLocalLearningOptimWrapper,
     FullyShardedModel,
+    FullyShardedRunner,
     LocalLearningOptimWrapper,
     LocalLearningOptimWrapperConstructor,
     MemoryBankHook,
@@ -50,6 +51,7 @@ __all__ = [
     'DGLDetHead',
     'DGLHead',
     'FullyShardedModel',
+    'FullyShardedRunner',
     'InfoProHead',
     'LocalLearner',
     'LocalLearningOptimWrapper',

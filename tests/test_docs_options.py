@@ -16,7 +16,7 @@ OPTIONS, PARTITIONS = Path('docs/options.md'), Path('docs/partitions.md')
 GIVEN = {'site', 'optimizer', 'learner', 'measure', 'module'}
 GIVEN |= {'optim_wrapper_cfg', 'paramwise_cfg'}
 REGISTRIES = ('MODELS', 'HOOKS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS')
-REGISTRIES += ('TASK_UTILS', 'MODEL_WRAPPERS', 'DATASETS')
+REGISTRIES += ('TASK_UTILS', 'MODEL_WRAPPERS', 'DATASETS', 'RUNNERS')
 
 
 def components():

@@ -9,6 +9,7 @@ from . import compat
 from .amp import AmpLocalLearningOptimWrapper
 from .constructor import LocalLearningOptimWrapperConstructor, build_learner
 from .fully_sharded_model import FullyShardedModel
+from .fully_sharded_runner import FullyShardedRunner
 from .hooks import MemoryBankHook
 from .optim_wrapper import LocalLearningOptimWrapper
 from .sharding_hook import ShardingHook
@@ -20,6 +21,7 @@ compat.allow_safe_loading()
 __all__ = [
     'AmpLocalLearningOptimWrapper',
     'FullyShardedModel',
+    'FullyShardedRunner',
     'LocalLearningOptimWrapper',
     'LocalLearningOptimWrapperConstructor',
     'MemoryBankHook',

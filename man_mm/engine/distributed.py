@@ -107,3 +107,12 @@ def broadcast_module(module: nn.Module) -> None:
     """Gives every rank the parameters and buffers of rank 0."""
     for tensor in module.state_dict().values():
         dist.broadcast(tensor)
+
+
+def share_random_state() -> None:
+    """Gives ranks that were seeded as rank 0 its random state on the CPU."""
+    seed = torch.initial_seed()
+    shared = [seed, torch.get_rng_state()]
+    dist.broadcast_object_list(shared)
+    if shared[0] == seed:
+        torch.set_rng_state(shared[1])

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from man_mm.core import LocalLearner
 from man_mm.core.partition import LocalModule
 
-from .distributed import broadcast_module
+from .distributed import is_sharded
 from .sharded_tensors import gather_on_first, shard_loaded_weights
 
 # By which OpenMMLab's models call necks and heads, beside ``forward``.
@@ -126,10 +126,17 @@ class FullyShardedModel(nn.Module):
 
         if hasattr(self.module, 'init_weights') and not self.module.is_init:
             self.module.init_weights()
-        broadcast_module(self.module)
         if self._policy:
             _check_no_batch_norm(self)
         names = {param: name for name, param in self.module.named_parameters()}
+        owned = [
+            [names[param] for param in module.params] for module in learner.modules
+        ]
+        # Whole weights are freed group by group, so nothing may keep them.
+        del names
+        learner.modules = learner.active = tuple(
+            replace(module, params=()) for module in learner.modules
+        )
         self.heads = learner.heads
         # A parameter without dimensions cannot be split; see `average_gradients`.
         scalars = {param for param in self.parameters() if not param.dim()}
@@ -148,6 +155,9 @@ class FullyShardedModel(nn.Module):
             for name in _FORWARD_METHODS:
                 if hasattr(child, name):
                     register_fsdp_forward_method(child, name)
+        for tensor in self.module.state_dict().values():
+            if not is_sharded(tensor):
+                dist.broadcast(tensor)
         fully_shard(self, **options)
         # What is in no group above may be used until the last backward pass.
         self.set_reshard_after_backward(False, recurse=False)
@@ -159,8 +169,8 @@ class FullyShardedModel(nn.Module):
         self.module.init_weights = self._skip_initialising
         params = dict(self.module.named_parameters())
         learner.modules = learner.active = tuple(
-            replace(module, params=tuple(params[names[p]] for p in module.params))
-            for module in learner.modules
+            replace(module, params=tuple(params[name] for name in own))
+            for module, own in zip(learner.modules, owned, strict=True)
         )
 
     def gather(self, optim_wrapper: Any) -> dict[str, dict]:
@@ -307,6 +317,9 @@ def _fully_shard(modules: list[nn.Module], options: dict[str, Any]) -> None:
     from torch.distributed.fsdp import fully_shard
 
     modules = [m for m in modules if next(m.parameters(), None) is not None]
+    for module in modules:
+        for param in module.parameters():
+            dist.broadcast(param.data)
     if modules:
         fully_shard(modules, **options)
 

@@ -58,7 +58,7 @@ CLOSE = {
 BITWISE, ROUNDING = 'bitwise', 'up to rounding'
 RESUMING = 'test_checkpoints_and_resuming', 'test_fully_sharded_runs.py'
 ERRORS = 'test_errors', 'test_fully_sharded_runs.py'
-# What works, or is refused, with its test: a case or a test here, or a test and its file.
+# What works, or is refused, with its test: a case or a test here, or of another file.
 ROWS = {
     "`update='module'`": (BITWISE, 'module'),
     "`update='iteration'`": (BITWISE, 'iteration'),
@@ -72,14 +72,19 @@ ROWS = {
     "`clip_grad` by norm, `clip='global'`": (ROUNDING, 'clipped as one'),
     '`accumulative_counts`': (ROUNDING, 'accumulated'),
     '`shard_size`, four processes': (ROUNDING, 'test_four_processes'),
-    '`offload`': ('bitwise that without it', 'test_mixed_precision_and_offloading'),
+    '`offload`': ('bitwise, as without it', 'test_mixed_precision_and_offloading'),
     '`mixed_precision`': (
-        'that in float32, in direction',
+        'in direction, within 1 %',
         'test_mixed_precision_and_offloading',
     ),
     'resuming': (BITWISE, *RESUMING),
     'resuming on 1, 2 or 4 processes, sharded or not': (BITWISE, *RESUMING),
     'validating while training': (BITWISE, 'module'),
+    '`FullyShardedRunner`': (
+        BITWISE,
+        'test_trains_as_from_whole_copies',
+        'test_fully_sharded_start.py',
+    ),
     '`EMAHook`': ('refused', *ERRORS),
     '`compile`': ('refused', *ERRORS),
 }
@@ -248,7 +253,7 @@ def test_mixed_precision_and_offloading(tmp_path):
     assert torch.cosine_similarity(*moves, dim=0) > 0.99
 
 
-def test_of(name, file='test_fully_sharded.py'):
+def source_of(name, file='test_fully_sharded.py'):
     """The test of a row."""
     if name in EXACT | CLOSE:
         name = 'test_equals_data_parallel'
@@ -257,9 +262,12 @@ def test_of(name, file='test_fully_sharded.py'):
 
 
 def table():
-    lines = ['| with `FullyShardedModel` | equals data parallel | test |', '|---|---|---|']
+    lines = [
+        '| with `FullyShardedModel` | equals data parallel | test |',
+        '|---|---|---|',
+    ]
     for title, (result, *test) in ROWS.items():
-        lines.append(f'| {title} | {result} | {test_of(*test)} |')
+        lines.append(f'| {title} | {result} | {source_of(*test)} |')
     return '\n'.join(lines)
 
 

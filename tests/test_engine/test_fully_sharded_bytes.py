@@ -25,8 +25,9 @@ START, END = '<!-- bytes -->', '<!-- end of bytes -->'
 KINDS = {
     'data parallel': partial(MMDistributedDataParallel, broadcast_buffers=False),
     'sharded': FullyShardedModel,
+    '`shard_size=2`': partial(FullyShardedModel, shard_size=2),
 }
-WORLDS = (1, 2, 4)
+WORLDS = {1: list(KINDS)[:2], 2: list(KINDS)[:2], 4: list(KINDS)}
 KEPT = ('weights', 'gradients', 'optimizer state')
 # Each collective operation by what it does to the bytes of its largest tensor.
 COLLECTIVES = {
@@ -95,7 +96,7 @@ def count_bytes(kind, batch, messages):
 def count_both(rank, world):
     messages = spy_on_messages()
     batch = share(labelled_images(8, 32), rank, world)
-    return {kind: count_bytes(kind, batch, messages) for kind in KINDS}
+    return {kind: count_bytes(kind, batch, messages) for kind in WORLDS[world]}
 
 
 def measure(folder):
@@ -111,7 +112,7 @@ def table(ranks):
     ]
     for world in WORLDS:
         for kind, counts in ranks[world][0].items():
-            cells = [f'{counts[name] / 1e6:.2f}' for name in columns]
+            cells = [f'{counts[name] / 1e3:,.0f}' for name in columns]
             lines.append(f'| {world} | {kind} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
@@ -120,16 +121,21 @@ def test_a_process_keeps_its_part_and_sends_each_value_once(tmp_path):
     ranks = measure(tmp_path)
     for world in WORLDS:
         for rank in ranks[world]:
-            copied, sharded = rank.values()
-            for name in KEPT:
-                part = copied[name] / world
-                assert sharded[name] == pytest.approx(part, rel=0.05), name
+            copied, sharded = rank['data parallel'], rank['sharded']
+            whole = copied['weights']
+            for kind, parts in zip(rank, (1, world, 2), strict=False):
+                for name in KEPT:
+                    part = copied[name] / parts
+                    assert rank[kind][name] == pytest.approx(part, rel=0.05), name
+            sent = whole if world > 1 else 0
             # Each weight is gathered once, each gradient is reduced once.
-            whole = copied['weights'] if world > 1 else 0
             for name in ('gathered', 'reduced'):
-                assert sharded[name] == pytest.approx(whole, rel=0.02), name
-            assert copied['averaged'] == pytest.approx(whole, rel=0.02)
+                assert sharded[name] == pytest.approx(sent, rel=0.02), name
+            assert copied['averaged'] == pytest.approx(sent, rel=0.02)
             assert sharded['averaged'] < 1000  # long-term memory
+            if world == 4:  # two copies average their parts
+                averaged = rank['`shard_size=2`']['averaged']
+                assert averaged == pytest.approx(whole / 2, rel=0.02)
     text = DOCUMENT.read_text()
     assert text.partition(START)[2].partition(END)[0].strip() == table(ranks)
 

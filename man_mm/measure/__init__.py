@@ -3,5 +3,12 @@
 from .flops import count_flops
 from .memory import MemoryReport, measure_memory
 from .planner import BalancedPartition
+from .uncomputed import Uncomputed
 
-__all__ = ['BalancedPartition', 'MemoryReport', 'count_flops', 'measure_memory']
+__all__ = [
+    'BalancedPartition',
+    'MemoryReport',
+    'Uncomputed',
+    'count_flops',
+    'measure_memory',
+]

@@ -156,11 +156,12 @@ class BalancedPartition:
         return plan_budget(costs, self.budget, plain)
 
 
-def parse_bytes(text: int | str) -> int:
+def parse_bytes(text: int | str, key: str = 'partition.memory_budget') -> int:
     """Reads a number of bytes.
 
     Args:
         text: Such as ``'6GiB'``, ``'1.5 GiB'`` or ``800``.
+        key: What it is given as, for the error.
 
     Raises:
         ValueError: If it is not positive, or has another unit than KiB, MiB or GiB.
@@ -177,8 +178,8 @@ def parse_bytes(text: int | str) -> int:
         size = 0
     if size <= 0:
         raise ValueError(
-            "partition.memory_budget must be a size such as '6GiB', '800MiB' or a "
-            f'number of bytes, got {text!r}.'
+            f"{key} must be a size such as '6GiB', '800MiB' or a number of bytes, got "
+            f'{text!r}.'
         )
     return size
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from os.path import relpath
 from pathlib import Path
@@ -20,18 +20,27 @@ from man_mm.core.partition import Measure
 from man_mm.engine import LocalLearningOptimWrapperConstructor, build_learner
 from man_mm.engine.config_files import find_config, load_config
 from man_mm.engine.constructor import LEARNER_OPTIONS
+from man_mm.engine.quiet import quiet
 from man_mm.measure import BalancedPartition
 from man_mm.measure.model_costs import measure_units
 from man_mm.measure.peaks import Plan, PlannedModule, predict
 from man_mm.measure.planner import plan_modules
 from man_mm.measure.synthetic_batch import synthetic_batch
+from man_mm.measure.uncomputed import Uncomputed
 from man_mm.measure.unit_costs import measure_modules
 
 from .training_steps import build_wrapper
 
+_IMPORTS = (
+    "custom_imports = dict(imports=['man_mm'], allow_failed_imports=False)",
+    "default_hooks = dict(memory_bank=dict(type='MemoryBankHook'))",
+)
+
 
 def make_measure(cfg: Config, model: nn.Module, console: Console) -> Measure:
     """What measures the units of a model with the config's local learning, once.
+
+    Nothing is computed; see `Uncomputed`.
 
     Raises:
         ValueError: If the config is not trained by local learning.
@@ -45,7 +54,7 @@ def make_measure(cfg: Config, model: nn.Module, console: Console) -> Measure:
     @cache
     def measure(shape: tuple[int, ...], plain: bool = False):
         kind = 'as in end-to-end training' if plain else 'one by one'
-        with console.status(f'measuring the units {kind} ...'):
+        with console.status(f'measuring the units {kind} ...'), Uncomputed():
             return measure_units(model, build, shape, plain)
 
     return measure
@@ -65,42 +74,63 @@ def planned_config(cfg: Config, cuts: list[str]) -> Config:
     return cfg
 
 
-def write_config(out: Path, base: str, cfg: Config, cuts: list[str]) -> None:
+def write_config(
+    out: Path,
+    base: str,
+    cfg: Config,
+    cuts: Sequence[str],
+    settings: Mapping[str, object] | None = None,
+) -> None:
     """Writes a config that inherits another one, and cuts there.
 
     Args:
         out: The new file.
         base: Path of the config to inherit, or its name in a package
             (``'mmdet::...'``).
-        cfg: That config.
+        cfg: That config; one that trains end to end gets local learning.
         cuts: Names of the units after which to cut.
+        settings: Other keys of ``local_learning``. Defaults to None.
     """
     if '::' not in base:
         base = Path(relpath(find_config(base), out.parent)).as_posix()
+    wrapper, lines = cfg.optim_wrapper, [f'_base_ = {base!r}']
+    local = []
+    if 'LocalLearning' not in f'{wrapper.get("type")}{wrapper.get("constructor")}':
+        lines += _IMPORTS
+        local = ["constructor='LocalLearningOptimWrapperConstructor',"]
+        if wrapper.get('type', 'OptimWrapper') == 'OptimWrapper':
+            local = ["type='LocalLearningOptimWrapper',", *local]
+        settings = {**_base_constructor(wrapper), **(settings or {})}
     # A key that has nothing to delete would stay in the config.
-    replaces = 'partition' in cfg.optim_wrapper.get('local_learning', {})
-    lines = ['_delete_=True,'] * replaces
+    replaces = 'partition' in wrapper.get('local_learning', {})
     lines += [
-        "type='CutPartition',",
-        'cuts=[',
-        *(f'    {cut!r},' for cut in cuts),
-        '],',
+        'optim_wrapper = dict(',
+        *(f'    {line}' for line in local),
+        '    local_learning=dict(',
+        *(f'        {key}={value!r},' for key, value in (settings or {}).items()),
+        '        partition=dict(',
+        *['            _delete_=True,'] * replaces,
+        "            type='CutPartition',",
+        '            cuts=[',
+        *(f'                {cut!r},' for cut in cuts),
+        '            ],',
+        '        ),',
+        '    ),',
+        ')',
     ]
-    partition = '\n'.join(f'            {line}' for line in lines)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        f'_base_ = {base!r}\n'
-        'optim_wrapper = dict(\n'
-        '    local_learning=dict(\n'
-        f'        partition=dict(\n{partition}\n        ),\n'
-        '    ),\n'
-        ')\n'
-    )
+    out.write_text('\n'.join(lines) + '\n')
 
 
-def measure_peaks(cfg: Config, model: nn.Module, shape: tuple[int, ...]) -> list[int]:
+def _base_constructor(wrapper: Mapping) -> dict[str, str]:
+    given = wrapper.get('constructor')
+    return dict(base_constructor=given) if given else {}
+
+
+def measure_peaks(cfg: Config, shape: tuple[int, ...]) -> list[int]:
     """Peak bytes of every module in a real training step of a config."""
-    model = copy.deepcopy(model).train()
+    with quiet():
+        model = MODELS.build(copy.deepcopy(cfg.model)).train()
     wrapper = build_wrapper(model, cfg)
     batch = synthetic_batch(model, shape)
     model.train_step(batch, wrapper)  # makes the optimizer's state
@@ -112,7 +142,6 @@ class PartitionPlan(NamedTuple):
 
     Attributes:
         cfg: The config.
-        model: Its model.
         shape: Shape ``(N, C, H, W)`` of the images that were measured.
         plan: The modules.
         whole: The whole network, as one module.
@@ -121,7 +150,6 @@ class PartitionPlan(NamedTuple):
     """
 
     cfg: Config
-    model: nn.Module
     shape: tuple[int, int, int, int]
     plan: Plan
     whole: PlannedModule
@@ -135,6 +163,7 @@ def plan_config(
     memory_budget: str | None = None,
     size: Sequence[int] | None = None,
     batch: int | None = None,
+    options: Sequence[str] = (),
     console: Console | None = None,
 ) -> PartitionPlan:
     """Measures the units of a config's model, and finds the cuts.
@@ -146,17 +175,16 @@ def plan_config(
         size: Height and width of the images in pixels. Defaults to 800 and 1333, for
             classifiers 224 and 224.
         batch: Images in a step. Defaults to the train_dataloader's.
+        options: Settings that override the config, each ``KEY=VALUE``.
         console: Where progress is shown.
 
     Raises:
         FileNotFoundError: If there is no such config.
         ValueError: If the config cannot be planned so.
     """
-    cfg = load_config(config)
-    model = MODELS.build(cfg.model)
-    size = size or ((224, 224) if is_classifier(model) else (800, 1333))
-    batch = batch or cfg.get('train_dataloader', {}).get('batch_size', 1)
-    shape = (batch, image_channels(find_backbone(model)[1]), *size)
+    cfg = load_config(config, options)
+    model = build_uncomputed(cfg)
+    shape = images_shape(cfg, model, size, batch)
     partition = BalancedPartition(num_modules, memory_budget, shape)
     measure = make_measure(cfg, model, console or Console(quiet=True))
     plan = partition.plan(measure)
@@ -167,10 +195,25 @@ def plan_config(
     )
     needed = next(fewer, len(plan.modules))
     whole = end_to_end(measure, shape)
-    return PartitionPlan(cfg, model, shape, plan, whole, partition.budget, needed)
+    return PartitionPlan(cfg, shape, plan, whole, partition.budget, needed)
 
 
 def check_plan(planned: PartitionPlan) -> list[int]:
     """Peak bytes of every module in a training step with a plan's cuts."""
     cfg = planned_config(planned.cfg, planned.plan.cuts)
-    return measure_peaks(cfg, planned.model, planned.shape)
+    return measure_peaks(cfg, planned.shape)
+
+
+def build_uncomputed(cfg: Config) -> nn.Module:
+    """A config's model without values; see `Uncomputed`."""
+    with quiet(), Uncomputed():
+        return MODELS.build(copy.deepcopy(cfg.model))
+
+
+def images_shape(
+    cfg: Config, model: nn.Module, size: Sequence[int] | None, batch: int | None
+) -> tuple[int, int, int, int]:
+    """Shape ``(N, C, H, W)`` of a step's images; see `plan_config`."""
+    size = size or ((224, 224) if is_classifier(model) else (800, 1333))
+    batch = batch or cfg.get('train_dataloader', {}).get('batch_size', 1)
+    return (batch, image_channels(find_backbone(model)[1]), *size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -123,8 +123,13 @@ def partition_lines(cuts: Sequence[str]) -> list[str]:
         '    cuts=[',
         *names,
         '    ],',
-        ')',
+        '),',
     ]
+
+
+def setting_lines(settings: Mapping[str, object]) -> list[str]:
+    """Other keys of ``local_learning``, as they stand in a config."""
+    return [f'{key}={value!r},' for key, value in settings.items()]
 
 
 def check_table(plan: Plan, peaks: list[int]) -> Table:

@@ -52,6 +52,7 @@ class Built:
         method: What is computed, as opposed to how: kind of steps, cuts and auxiliary
             heads. The same for all schemes that are end to end.
         step: Trains for one step on a fixed batch.
+        wrapper: What updates its weights.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class Built:
     cuts: tuple[str, ...]
     method: tuple
     step: Callable[[], None]
+    wrapper: OptimWrapper
 
 
 class InBackwardOptimWrapper(OptimWrapper):
@@ -77,16 +79,16 @@ class InBackwardOptimWrapper(OptimWrapper):
         self, optimizer: torch.optim.Optimizer, config: dict, accumulative_counts: int
     ) -> None:
         super().__init__(optimizer, accumulative_counts)
-        self._optimizers = {}
+        self.optimizers = {}
         for group in optimizer.param_groups:
             for param in filter(lambda p: p.requires_grad, group['params']):
                 alone = dict(config, params=[{**group, 'params': [param]}])
-                self._optimizers[param] = OPTIMIZERS.build(alone)
+                self.optimizers[param] = OPTIMIZERS.build(alone)
                 param.register_post_accumulate_grad_hook(self._update)
 
     def step(self, **_: object) -> None:
         """Updates what the last backward pass did not reach."""
-        for param in self._optimizers:
+        for param in self.optimizers:
             if param.grad is not None:
                 self._step(param)
 
@@ -95,7 +97,7 @@ class InBackwardOptimWrapper(OptimWrapper):
             self._step(param)
 
     def _step(self, param: Tensor) -> None:
-        self._optimizers[param].step()
+        self.optimizers[param].step()
         param.grad = None
 
 
@@ -183,7 +185,7 @@ def build_scheme(
 
     is_end_to_end = not cuts or scheme.base in (END_TO_END, EXACT)
     method = () if is_end_to_end else (scheme.base, cuts, head)
-    return Built(model, learner, cuts, method, step)
+    return Built(model, learner, cuts, method, step, wrapper)
 
 
 def build_wrapper(

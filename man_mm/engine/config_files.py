@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from mmengine.utils import import_modules_from_strings
 
@@ -46,18 +47,24 @@ def find_config(path: str | Path) -> Path:
 def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     """Loads a config, its custom imports and its default scope.
 
+    As the runner does, it gives the model the ``data_preprocessor`` of the config.
+
     Args:
-        path: Path of the config, as `find_config` takes it.
+        path: Path of the config, as `find_config` takes it, or its name in a package
+            (``'mmdet::...'``).
         options: Settings to override, each ``KEY=VALUE``.
 
     Raises:
         FileNotFoundError: If there is no such config.
     """
-    cfg = Config.fromfile(find_config(path))
+    is_name = '::' in str(path)
+    cfg = get_config(str(path)) if is_name else Config.fromfile(find_config(path))
     if options:
         parser = argparse.ArgumentParser()
         parser.add_argument('--options', nargs='+', action=DictAction)
         cfg.merge_from_dict(parser.parse_args(['--options', *options]).options)
+    if 'model' in cfg and 'data_preprocessor' in cfg:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     import_modules_from_strings(**cfg.get('custom_imports', dict(imports=None)))
     with quiet():
         init_default_scope(cfg.get('default_scope', 'mmdet'))

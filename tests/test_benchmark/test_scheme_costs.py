@@ -247,7 +247,7 @@ def test_exactness(tools, cfg):
 
 def test_exactness_finds_a_wrong_scheme(tools, cfg, monkeypatch):
     def updates_twice(self, param):
-        self._optimizers[param].step()
+        self.optimizers[param].step()
         step(self, param)
 
     wrapper = tools.building.InBackwardOptimWrapper

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from man_mm.benchmark import (
+    card_report,
     comparison,
     comparison_report,
     pipeline_costs,
@@ -115,6 +116,23 @@ def _demo(folder: Path) -> list[str]:
     return table_lines('| seed | | mAP | AP50 |', rows, left=2)
 
 
+def _card_records(folder: Path) -> list[tuple[str, dict]]:
+    paths = sorted(folder.glob('*.json'))
+    return [(path.stem, json.loads(path.read_text('utf-8'))) for path in paths]
+
+
+def _cards(folder: Path) -> list[str]:
+    """Peaks in GiB, and the smallest card for each."""
+    columns = '| | end to end | recomputed | exact | joint | local |'
+    return table_lines(columns, card_report.card_rows(_card_records(folder)))
+
+
+def _card_errors(folder: Path) -> list[str]:
+    """Errors of counted peaks against those of computed steps."""
+    columns = '| | end to end | recomputed | exact | joint | local | counted in |'
+    return table_lines(columns, card_report.error_rows(_card_records(folder)))
+
+
 # Each kind of table, by the word in its marker.
 KINDS: dict[str, Callable] = {
     'steps': _steps,
@@ -125,4 +143,6 @@ KINDS: dict[str, Callable] = {
     'demo': _demo,
     'pipeline': _pipeline,
     'predictions': _predictions,
+    'cards': _cards,
+    'card-errors': _card_errors,
 }

@@ -49,8 +49,13 @@ class ScalarLog:
         if buffer is None:
             self._hub.update_scalar(name, 0.0)  # tells the hub to save it
             buffer = HistoryBuffer()
-        if not isinstance(buffer, _Buffer) or buffer.read != self._read:
-            self._hub.log_scalars[name] = _Buffer(buffer, self._read)
+        if isinstance(buffer, _Buffer):
+            if buffer.read == self._read:
+                return
+            # That of another log, such as one of an earlier run in this process.
+            buffer.read()
+            buffer = buffer.known
+        self._hub.log_scalars[name] = _Buffer(buffer, self._read)
 
     def _read(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -69,36 +74,36 @@ class _Buffer(HistoryBuffer):
     """A history that is completed when it is looked at; saved as a plain one."""
 
     def __init__(self, known: HistoryBuffer, read: Callable[[], None]) -> None:
-        self._known = known
+        self.known = known
         self.read = read
         self.max_length = known.max_length
 
     @property
     def _log_history(self) -> np.ndarray:
         self.read()
-        return self._known._log_history
+        return self.known._log_history
 
     @_log_history.setter
     def _log_history(self, values: np.ndarray) -> None:
-        self._known._log_history = values
+        self.known._log_history = values
 
     @property
     def _count_history(self) -> np.ndarray:
         self.read()
-        return self._known._count_history
+        return self.known._count_history
 
     @_count_history.setter
     def _count_history(self, counts: np.ndarray) -> None:
-        self._known._count_history = counts
+        self.known._count_history = counts
 
     def extend(self, values: list[float]) -> None:
-        known, kept = self._known, slice(-self.max_length, None)
+        known, kept = self.known, slice(-self.max_length, None)
         known._log_history = np.append(known._log_history, values)[kept]
         ones = np.ones(len(values), dtype=int)
         known._count_history = np.append(known._count_history, ones)[kept]
 
     def __reduce__(self) -> Any:
         self.read()
-        known = self._known
+        known = self.known
         arguments = known._log_history, known._count_history, known.max_length
         return HistoryBuffer, arguments

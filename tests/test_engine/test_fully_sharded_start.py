@@ -192,6 +192,8 @@ def measure(folder, world, size):
     }
 
 
+# The system's figures need a quiet machine.
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_one_process_has_the_whole_model(tmp_path):
     weights, reports = measure(tmp_path, 2, SMALL)

@@ -77,3 +77,10 @@ def test_the_oldest_are_dropped(hub):
     log = ScalarLog(hub)
     add(log, 3.0, 4.0)
     assert list(hub.get_scalar('train/loss').data[0]) == [2, 3, 4]
+
+
+def test_logs_of_many_runs_share_a_hub(hub):
+    logs = [ScalarLog(hub) for _ in range(500)]  # as many wrappers in one process
+    for log in (*logs, logs[0]):
+        add(log, 1.0)
+    assert len(hub.get_scalar('train/loss').data[0]) == 501

@@ -37,7 +37,7 @@ from .schemes import (
 )
 from .training_steps import Built, build_scheme
 
-_BUSY = 0.15
+_BUSY = 0.1
 _PLAIN = dict(highlight=False, markup=False)
 
 
@@ -127,13 +127,15 @@ def drop_busy_times(results: dict[str, dict], console: Console) -> None:
     seconds = first['seconds']
     if len(seconds) < 3:
         return
-    spread = (max(seconds) - min(seconds)) / statistics.median(seconds)
+    low, middle, high = statistics.quantiles(seconds, n=4, method='inclusive')
+    spread = (high - low) / middle
     if spread > _BUSY:
         for result in results.values():
             result['seconds'] = []
         console.print(
-            f'No times: those of {name} differ by {spread:.0%}, so something else ran '
-            f'on this machine (limit: {_BUSY:.0%}). Bytes and FLOPs are not affected.',
+            f'No times: the middle half of those of {name} differs by {spread:.0%}, so '
+            f'something else ran on this machine (limit: {_BUSY:.0%}). Bytes and FLOPs '
+            'are not affected.',
             **_PLAIN,
         )
 

@@ -27,6 +27,9 @@ from .entries import (
 )
 
 _DATA = {'photos': 'photographs', 'fashion': 'Fashion-MNIST', 'digits': 'digits'}
+# Options of end-to-end training that recompute, and steps that are end to end.
+_RECOMPUTING = {'checkpointing', 'stages', 'cuts', 'K', 'recompute'}
+_STEPS = {'exact': 'exact steps', 'joint': '{}, joint'}
 _MODELS = {
     'FasterRCNN': 'Faster R-CNN',
     'EDSRNet': 'EDSR',
@@ -255,8 +258,9 @@ def _method(record: dict, cfg: Config) -> str:
         return method if name.lower() == method.lower() else name
     base, *options = record['scheme'].split('+')
     if base == 'end-to-end':
-        return 'checkpointing' if 'checkpointing' in options else 'end-to-end'
-    return method
+        names = {option.partition('=')[0] for option in options}
+        return 'checkpointing' if names & _RECOMPUTING else 'end-to-end'
+    return _STEPS.get(base, method).format(method)
 
 
 def _optimizer(cfg: Config) -> str:

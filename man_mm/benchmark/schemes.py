@@ -155,10 +155,8 @@ def _parse_value(text: str, name: str, value: str | None):
         return [part for part in value.split(',') if part]
     if wanted == _COUNT and value and value.isdecimal() and int(value):
         return int(value)
-    if wanted == _UPDATES and value in wanted.split('|'):
-        return value
-    if wanted == _BITS and value in wanted.split('|'):
-        return int(value)
+    if '|' in wanted and value in wanted.split('|'):
+        return int(value) if value.isdecimal() else value
     if (name, value) == ('accumulate', 'batch'):
         return value
     wanted = f'{name}={wanted}' if wanted else f'{name} without a value'

@@ -118,6 +118,26 @@ def uncompressed() -> saved_tensors_hooks:
     return saved_tensors_hooks(_Kept, _Kept.unpack)
 
 
+def check_unchanged(tensor: Tensor, version: int) -> None:
+    """Refuses a saved tensor that was changed in place since.
+
+    Autograd leaves this check to those who install hooks on saved tensors.
+
+    Args:
+        tensor: What was saved.
+        version: Its version then.
+
+    Raises:
+        RuntimeError: If it has another one.
+    """
+    if tensor._version != version:
+        raise RuntimeError(
+            'one of the variables needed for gradient computation has been modified '
+            f'by an inplace operation: a tensor of shape {tuple(tensor.shape)} '
+            f'is at version {tensor._version}; expected version {version} instead.'
+        )
+
+
 def _is_large_map(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, nn.Parameter)
@@ -191,11 +211,5 @@ class _Kept:
         self.tensor, self.version = tensor.detach(), tensor._version
 
     def unpack(self) -> Tensor:
-        # Autograd leaves this check to those who install hooks.
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                'one of the variables needed for gradient computation has been '
-                f'modified by an inplace operation: {tuple(self.tensor.shape)} is at '
-                f'version {self.tensor._version}; expected version {self.version}.'
-            )
+        check_unchanged(self.tensor, self.version)
         return self.tensor

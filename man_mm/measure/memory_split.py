@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 
 from man_mm.core import LocalLearner, LocalModule
 from man_mm.core.checkpointing import in_checkpoint, top_saved_tensors_hooks
+from man_mm.core.compressed_activations import check_unchanged
 from man_mm.core.storages import find_storages
 
 from .memory_regions import OTHER, Groups, Regions
@@ -268,14 +269,7 @@ class _Packed:
 
 
 def _unpack(packed: _Packed) -> Tensor:
-    # Autograd leaves this check to those who install hooks.
-    if packed.tensor._version != packed.version:
-        raise RuntimeError(
-            'one of the variables needed for gradient computation has been modified '
-            f'by an inplace operation: a tensor of shape {tuple(packed.tensor.shape)} '
-            f'is at version {packed.tensor._version}; expected version '
-            f'{packed.version} instead.'
-        )
+    check_unchanged(packed.tensor, packed.version)
     return packed.tensor
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / 'helpers'))
 from conftest import batch_of, build_detector, build_wrapper, detector_config
 from dense_heads import build_reference, reference_targets
+from documents import read_marked, write_marked
 
 from man_mm.aux_heads import detector
 from man_mm.measure.memory import measure_memory
@@ -84,8 +85,7 @@ def test_crowded_images_are_no_worse_than_end_to_end():
     for plain, local in rows.values():
         for a, b in zip(plain, local, strict=True):
             assert b <= a
-    written = DOCUMENT.read_text().partition(START)[2].partition(END)[0].strip()
-    assert written == table(rows)
+    assert read_marked(DOCUMENT, START, END) == table(rows)
 
 
 def test_heads_that_compare_all_at_once_would_be_worse(monkeypatch):
@@ -111,6 +111,4 @@ def test_heads_that_compare_all_at_once_would_be_worse(monkeypatch):
 
 
 if __name__ == '__main__':
-    before, _, rest = DOCUMENT.read_text().partition(START)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f'{before}{START}\n{table(measure())}\n{END}{after}')
+    write_marked(DOCUMENT, START, END, table(measure()))

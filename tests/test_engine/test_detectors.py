@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / 'helpers'))
 from conftest import MMDET
+from documents import read_marked, write_marked
 
 import man_mm
 from man_mm.engine.checks import check_start
@@ -274,7 +275,7 @@ HEADER = (
 
 def rows_of_document():
     """The rows of the table by config."""
-    table = DOCUMENT.read_text().partition(START)[2].partition(END)[0]
+    table = read_marked(DOCUMENT, START, END)
     return {
         line.split('`')[1]: line
         for line in table.splitlines()
@@ -284,10 +285,8 @@ def rows_of_document():
 
 def write(rows):
     """Writes the table, the rows in the order of this file."""
-    before, _, rest = DOCUMENT.read_text().partition(START)
-    after = rest.partition(END)[2]
     table = '\n'.join([HEADER, *(rows[path] for path in PATHS if path in rows)])
-    DOCUMENT.write_text(f'{before}{START}\n{table}\n{END}{after}')
+    write_marked(DOCUMENT, START, END, table)
 
 
 def rows():

@@ -21,6 +21,7 @@ from conftest import (
     image_pairs,
     labelled_images,
 )
+from documents import read_marked, write_marked
 from mmengine.model import MMDistributedDataParallel
 from mmengine.utils.misc import apply_to
 from short_runs import different
@@ -275,11 +276,8 @@ def test_the_document_has_this_table():
     for result, cases in ((BITWISE, EXACT), (ROUNDING, CLOSE)):
         listed = {row[1] for row in ROWS.values() if row[0] == result}
         assert listed >= set(cases)
-    text = DOCUMENT.read_text()
-    assert text.partition(START)[2].partition(END)[0].strip() == table()
+    assert read_marked(DOCUMENT, START, END) == table()
 
 
 if __name__ == '__main__':
-    before, _, rest = DOCUMENT.read_text().partition(START)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f'{before}{START}\n{table()}\n{END}{after}')
+    write_marked(DOCUMENT, START, END, table())

@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / 'helpers'))
 from conftest import build_classifier, build_wrapper, labelled_images
+from documents import read_marked, write_marked
 from mmengine.model import MMDistributedDataParallel
 from test_distributed import in_processes, share
 
@@ -136,8 +137,7 @@ def test_a_process_keeps_its_part_and_sends_each_value_once(tmp_path):
             if world == 4:  # two copies average their parts
                 averaged = rank['`shard_size=2`']['averaged']
                 assert averaged == pytest.approx(whole / 2, rel=0.02)
-    text = DOCUMENT.read_text()
-    assert text.partition(START)[2].partition(END)[0].strip() == table(ranks)
+    assert read_marked(DOCUMENT, START, END) == table(ranks)
 
 
 def follow_weights(rank, world):
@@ -176,5 +176,4 @@ if __name__ == '__main__':
     build_wrapper(build_classifier(18))  # what is imported before a fork is shared
     with TemporaryDirectory() as folder:
         rows = table(measure(folder))
-    before, _, rest = DOCUMENT.read_text().partition(START)
-    DOCUMENT.write_text(f'{before}{START}\n{rows}\n{END}{rest.partition(END)[2]}')
+    write_marked(DOCUMENT, START, END, rows)

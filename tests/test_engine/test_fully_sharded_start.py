@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / 'helpers'))
 from conftest import LOCAL_LEARNING, labelled_images
+from documents import write_marked
 from mmengine import runner as mmengine_runner
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, RUNNERS, init_default_scope
@@ -280,6 +281,4 @@ if __name__ == '__main__':
         'Most bytes of CPU memory by process, as multiples of the weights '
         f'({weights:.0f} MB):\n\n{rows}'
     )
-    before, _, rest = DOCUMENT.read_text().partition(START)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f'{before}{START}\n{text}\n{END}{after}')
+    write_marked(DOCUMENT, START, END, text)

@@ -25,6 +25,7 @@ from conftest import (
     image_pairs,
     labelled_images,
 )
+from documents import read_marked, write_marked
 from reads import count_reads
 
 from man_mm.aux_heads import detector
@@ -140,10 +141,6 @@ def table_of_detectors(rows):
     return '\n'.join(lines)
 
 
-def written(start, end):
-    return DOCUMENT.read_text().partition(start)[2].partition(end)[0].strip()
-
-
 def table(one, two):
     heads = [f'{name}, {who}' for who in ('one process', 'two') for name in PRECISIONS]
     lines = ['| | ' + ' | '.join(heads) + ' |', '|---' * 7 + '|']
@@ -160,14 +157,14 @@ def test_a_stock_step_has_one_and_a_local_step_one_more(tmp_path):
     for row in ROWS:
         assert max(one[row]) <= STOCK + 1, row
         assert max(max(rank[row]) for rank in two) <= STOCK + 1, row
-    assert written(START, END) == table(one, two[0])
+    assert read_marked(DOCUMENT, START, END) == table(one, two[0])
 
 
 def test_detectors_have_one_more_too():
     rows = measure_detectors()
     for row, (stock, local) in rows.items():
         assert local <= stock + 1, row
-    assert written(*OF_DETECTORS) == table_of_detectors(rows)
+    assert read_marked(DOCUMENT, *OF_DETECTORS) == table_of_detectors(rows)
     assert local_reads_of('retinanet', amp=PRECISIONS['bf16']) <= rows['RetinaNet'][0]
 
 
@@ -240,13 +237,7 @@ def test_a_step_that_reads_each_norm_is_found(monkeypatch):
     assert reads_of(model, wrapper) == STOCK + 1 + 7  # control
 
 
-def write(start, end, text):
-    before, _, rest = DOCUMENT.read_text().partition(start)
-    after = rest.partition(end)[2]
-    DOCUMENT.write_text(f'{before}{start}\n{text}\n{end}{after}')
-
-
 if __name__ == '__main__':
     with TemporaryDirectory() as folder:
-        write(START, END, table(measure(), measure_two(folder)[0]))
-    write(*OF_DETECTORS, table_of_detectors(measure_detectors()))
+        write_marked(DOCUMENT, START, END, table(measure(), measure_two(folder)[0]))
+    write_marked(DOCUMENT, *OF_DETECTORS, table_of_detectors(measure_detectors()))

@@ -19,6 +19,7 @@ from mmengine.runner import FlexibleRunner, Runner
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / 'helpers'))
 from conftest import LOCAL_LEARNING, build_classifier, labelled_images
+from documents import read_marked, write_marked
 
 DOCUMENT = Path(__file__).parents[2] / 'docs/support.md'
 # On a CPU, where mmengine would select a GPU.
@@ -388,11 +389,8 @@ START, END = '<!-- table -->', '<!-- end of table -->'
 
 
 def test_the_document_has_this_table():
-    text = DOCUMENT.read_text()
-    assert text.partition(START)[2].partition(END)[0].strip() == table()
+    assert read_marked(DOCUMENT, START, END) == table()
 
 
 if __name__ == '__main__':
-    before, _, rest = DOCUMENT.read_text().partition(START)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f'{before}{START}\n{table()}\n{END}{after}')
+    write_marked(DOCUMENT, START, END, table())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from mmengine.logging import print_log
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 # They treat each element by itself, and keep no state but that of a parameter.
 ELEMENTWISE = (
@@ -89,3 +90,50 @@ def optimizer_limited_to(
         optimizer.param_groups = groups
         for group, all_params in zip(groups, everything, strict=True):
             group['params'] = all_params
+
+
+def in_parts(
+    optimizer: optim.Optimizer, param: nn.Parameter, nbytes: int
+) -> Iterator[nn.Parameter]:
+    """Lets an elementwise optimizer take a large parameter for several smaller ones.
+
+    What it makes for a moment while it steps is then as large as one of them.
+
+    Args:
+        optimizer: The optimizer, with the state of the parameter.
+        param: A parameter with a gradient.
+        nbytes: Size of a part, if the parameter can be split so: along its first
+            dimension.
+
+    Yields:
+        One part after the other, which share memory with parameter, gradient and
+        state. Until the next one is asked for, the optimizer has only that.
+    """
+    state, whole = optimizer.state, optimizer.state.get(param, {})
+    alike = {key for key, value in whole.items() if _is_split_like(value, param)}
+    common = {key: value for key, value in whole.items() if key not in alike}
+    count = max(nbytes * len(param) // param.nbytes, 1)
+    groups = optimizer.param_groups
+    (group,) = (g for g in groups if any(p is param for p in g['params']))
+    everything = group['params']
+    optimizer.param_groups = [group]
+    after = common
+    try:
+        for start in range(0, len(param), count):
+            rows = slice(start, start + count)
+            part = nn.Parameter(param.detach()[rows])
+            part.grad = param.grad[rows]
+            group['params'] = [part]
+            if whole:
+                # Each part counts its step by itself.
+                state[part] = copy.deepcopy(common)
+                state[part].update({key: whole[key][rows] for key in alike})
+            yield part
+            after = state.pop(part, common)
+    finally:
+        optimizer.param_groups, group['params'] = groups, everything
+    whole.update({key: after[key] for key in common})
+
+
+def _is_split_like(value: object, param: nn.Parameter) -> bool:
+    return isinstance(value, Tensor) and value.shape == param.shape

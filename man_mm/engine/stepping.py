@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .optimizers import optimizer_limited_to
+from .distributed import is_sharded
+from .optimizers import in_parts, optimizer_limited_to
 
-# A call of the optimizer has its price, so small parameters are stepped together. What
-# is kept to undo a step is as large as these and their state.
+# A call of the optimizer has its price, so small parameters are stepped together, and
+# only large ones in parts. What is kept to undo a step is as large as these and their
+# state.
 _CHUNK_BYTES = 2**20
 _SHARE = 16  # of a module, at most
+_PART_BYTES = 2**21
 _SMALL = 2**14  # bytes of a tensor that is kept in one piece with others
 
 
@@ -137,6 +141,7 @@ class Stepper:
             name: Name of the module.
             params: Parameters with gradients, one of `chunks`: until they are
                 stepped, as many bytes are held, and as many as their state has.
+                Large ones are stepped in parts.
         """
         flag = self._flags[name]
         known = [p in self._stateless or self._optimizer.state.get(p) for p in params]
@@ -146,7 +151,21 @@ class Stepper:
             for param in params:
                 param.grad = None
             return
-        tensors = self._tensors(params)
+        together = []
+        for param in params:
+            if param.nbytes > _PART_BYTES and not is_sharded(param):
+                for part in in_parts(self._optimizer, param, _PART_BYTES):
+                    self._step_or_undo(name, [part], self._optimizer.step)
+                param.grad = None
+            else:
+                together.append(param)
+        if together:
+            self._step_or_undo(name, together, partial(self.step, together))
+
+    def _step_or_undo(
+        self, name: str, params: Sequence[nn.Parameter], step: Callable[[], Any]
+    ) -> None:
+        flag, tensors = self._flags[name], self._tensors(params)
         here = [tensor for tensor in tensors if tensor.device == flag.device]
         undo = [_Kept(group) for group in _groups(here)]
         self._elsewhere += [
@@ -154,7 +173,7 @@ class Stepper:
             for tensor in tensors
             if tensor.device != flag.device
         ]
-        self.step(params)
+        step()
         for kept in undo:
             kept.put_back_unless(flag)
 

@@ -7,9 +7,10 @@ import torch
 from networks import equal
 from torch import nn
 
-from man_mm.engine import stepping
+from man_mm.engine import optimizers, stepping
 from man_mm.engine.optimizers import ELEMENTWISE
 from man_mm.engine.stepping import Stepper
+from man_mm.measure import measure_memory
 
 
 def build(kind, **options):
@@ -53,6 +54,62 @@ def test_a_step_is_that_of_the_optimizer_or_none(kind, chunk, monkeypatch):
         else:
             assert equal(everything(layers, optimizer), before)
         assert equal(everything(layers, optimizer), everything(plain, control))
+
+
+@pytest.mark.parametrize('nbytes', [64, 500])
+@pytest.mark.parametrize('kind', ELEMENTWISE)
+def test_large_parameters_are_stepped_in_parts(kind, nbytes, monkeypatch):
+    parts = spy_on_parts(monkeypatch, nbytes)
+    test_a_step_is_that_of_the_optimizer_or_none(kind, 2**24, monkeypatch)
+    # A row of the first convolution has 108 bytes, of the second 32.
+    rows = [4, 4] if nbytes == 500 else [*(8 * [1]), 2, 2]
+    assert [len(part) for part in parts[: len(rows)]] == rows
+
+
+def test_a_part_that_keeps_no_state_would_differ(monkeypatch):
+    monkeypatch.setattr(optimizers, '_is_split_like', lambda value, param: False)
+    spy_on_parts(monkeypatch, 500)
+    with pytest.raises((AssertionError, RuntimeError)):
+        test_a_step_is_that_of_the_optimizer_or_none(
+            torch.optim.Adam, 2**24, monkeypatch
+        )
+
+
+def spy_on_parts(monkeypatch, nbytes):
+    parts = []
+
+    def spy(optimizer, param, nbytes):
+        for part in optimizers.in_parts(optimizer, param, nbytes):
+            parts.append(part)
+            yield part
+
+    monkeypatch.setattr(stepping, '_PART_BYTES', nbytes)
+    monkeypatch.setattr(stepping, 'in_parts', spy)
+    return parts
+
+
+@pytest.mark.parametrize('weight_decay', [0, 0.1])
+def test_bytes_for_a_moment_are_those_of_a_part(weight_decay, monkeypatch):
+    layer = nn.Linear(1000, 1000, bias=False)
+    optimizer = torch.optim.SGD(
+        layer.parameters(), lr=0.1, momentum=0.9, weight_decay=weight_decay
+    )
+    stepper = Stepper(optimizer)
+
+    def peak():
+        add_grads(layer, 0)
+        stepper.flag('module1', torch.tensor(True))
+        params = list(layer.parameters())
+        report = measure_memory(lambda: stepper.step_if_finite('module1', params))
+        stepper.read()
+        return report.peak
+
+    nbytes = layer.weight.nbytes
+    monkeypatch.setattr(stepping, '_PART_BYTES', nbytes)
+    peak()  # makes the momentum
+    assert peak() >= 2 * nbytes  # to undo weights and momentum
+    monkeypatch.setattr(stepping, '_PART_BYTES', nbytes // 10)
+    assert peak() <= 0.3 * nbytes
 
 
 @pytest.mark.parametrize('options', [{}, dict(momentum=0.9)])

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .card_plan import CARDS, CONTEXT, GAPS, GIB, KINDS, CardPlan, Need, usable
+from .card_needs import CARDS, CONTEXT, GAPS, GIB, KINDS, Need, usable
+from .card_plan import CardPlan
 from .records import provenance, versions
 from .schemes import END_TO_END
 
@@ -131,26 +132,29 @@ def draw(path: Path, plan: CardPlan, title: str) -> None:
     figure.savefig(path, dpi=130, bbox_inches='tight')
 
 
-def check_table(plan: CardPlan, computed: Sequence[Need]) -> Table:
+def check_table(without: Sequence[Need], computed: Sequence[Need]) -> Table:
     """A table of counted peaks, without and with computing."""
-    table = Table(title='peak without and with computing, GiB')
+    table = Table(title="peak by the CPU's operators, without and with computing, GiB")
     for column in ('', 'without', 'with', 'error'):
         table.add_column(column, justify='right' if column else 'left')
-    for need, real in zip(plan.needs, computed, strict=True):
+    for need, real in zip(without, computed, strict=True):
         sizes = f'{need.peak / GIB:.3f}', f'{real.peak / GIB:.3f}'
         table.add_row(need.name, *sizes, f'{need.peak / real.peak - 1:+.2%}')
     return table
 
 
 def write_record(
-    path: Path, plan: CardPlan, computed: Sequence[Need] | None, seconds: float
+    path: Path,
+    plan: CardPlan,
+    checked: tuple[Sequence[Need], Sequence[Need]] | None,
+    seconds: float,
 ) -> None:
     """Writes needs as JSON.
 
     Args:
         path: The file.
         plan: The needs.
-        computed: What they are when the steps are computed, if that was done.
+        checked: What `count_on_cpu` returned, if it was called.
         seconds: How long counting took.
     """
     batch, _, *size = plan.shape
@@ -160,21 +164,23 @@ def write_record(
         words += ['--budget', str(plan.budget)]
     if plan.options:
         words += ['--cfg-options', *plan.options]
-    words += ['--check'] * bool(computed)
-    peaks = [None] * len(plan.needs) if computed is None else [n.peak for n in computed]
+    words += ['--check'] * bool(checked)
     needs = [
         dict(
             name=need.name,
             scheme=need.scheme,
             cuts=list(need.cuts),
+            recompute=list(need.recompute),
             kinds=need.kinds,
             peak=need.peak,
-            computed_peak=peak,
             flops=need.flops,
             card=need.card,
         )
-        for need, peak in zip(plan.needs, peaks, strict=True)
+        for need in plan.needs
     ]
+    if checked:
+        for need, without, computed in zip(needs, *checked, strict=True):
+            need.update(cpu_peak=without.peak, computed_peak=computed.peak)
     record = dict(
         config=plan.config,
         options=plan.options,
@@ -211,7 +217,7 @@ def error_rows(named: Iterable[tuple[str, dict]]) -> Iterable[str]:
     for name, record in named:
         size = '×'.join(map(str, record['size']))
         cells = [
-            f'{need["peak"] / need["computed_peak"] - 1:+.2%}'
+            f'{need["cpu_peak"] / need["computed_peak"] - 1:+.2%}'
             for need in record['needs']
         ]
         seconds = f'{record["seconds"]:.0f} s'

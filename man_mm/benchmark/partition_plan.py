@@ -37,10 +37,12 @@ _IMPORTS = (
 )
 
 
-def make_measure(cfg: Config, model: nn.Module, console: Console) -> Measure:
+def make_measure(
+    cfg: Config, model: nn.Module, console: Console, device: str = 'cpu'
+) -> Measure:
     """What measures the units of a model with the config's local learning, once.
 
-    Nothing is computed; see `Uncomputed`.
+    Nothing is computed, and operators are those of ``device``; see `Uncomputed`.
 
     Raises:
         ValueError: If the config is not trained by local learning.
@@ -54,7 +56,8 @@ def make_measure(cfg: Config, model: nn.Module, console: Console) -> Measure:
     @cache
     def measure(shape: tuple[int, ...], plain: bool = False):
         kind = 'as in end-to-end training' if plain else 'one by one'
-        with console.status(f'measuring the units {kind} ...'), Uncomputed():
+        status = console.status(f'measuring the units {kind} ...')
+        with status, Uncomputed(device):
             return measure_units(model, build, shape, plain)
 
     return measure

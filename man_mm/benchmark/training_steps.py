@@ -27,6 +27,7 @@ from man_mm.engine.memory_patches import (
     compression_patches,
     fold_patches,
     module_patches,
+    submodules_of,
 )
 from man_mm.engine.options import complete_options
 from man_mm.engine.quiet import quiet
@@ -237,8 +238,7 @@ def _save_memory(
         cuts = cut_names(learner)
         patches += module_patches(model, learner.modules)
     for name in scheme.options.get('recompute', ()):
-        submodule = model.get_submodule(name)
-        patches.append((submodule, recomputed(submodule)))
+        patches += [(part, recomputed(part)) for part in submodules_of(model, name)]
     if 'bits' in scheme.options:
         patches += compression_patches(model)
     for submodule, wrap in patches:

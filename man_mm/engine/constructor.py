@@ -68,8 +68,9 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       are *exact*, else *joint*; see `man_mm.core.ExactSteps`.
     - ``micro_batch_size=None``: images that run through a module at a time; see
       `man_mm.core.LocalLearner`.
-    - ``recompute=()``: names of submodules, such as ``'backbone.layer4'``, whose
-      activations are computed again in the backward pass (activation checkpointing).
+    - ``recompute=()``: names of submodules, such as ``'backbone.layer4'``, or of lists
+      of them, such as ``'encoder.layers'``, whose activations are computed again in
+      the backward pass (activation checkpointing).
     - ``efficient_conv_bn_eval=True``: fold batch norms in evaluation mode into their
       convolutions; see `man_mm.core.conv_bn.fold_norms`.
     - ``recompute_losses=True``: compute elementwise losses, such as the focal loss,

@@ -41,7 +41,8 @@ def recompute_patches(
         model: The model.
         units: Its units.
         names: Dotted names of submodules. A name that holds units, such as
-            ``'backbone.layer4'``, stands for each of these units.
+            ``'backbone.layer4'``, stands for each of these units, and the name of a
+            list, such as ``'encoder.layers'``, for each of its items.
 
     Raises:
         ValueError: If a name is unknown.
@@ -51,15 +52,29 @@ def recompute_patches(
         inside = [unit.name for unit in units if unit.name.startswith(f'{name}.')]
         for part in inside or [name]:
             try:
-                submodule = model.get_submodule(part)
+                submodules = submodules_of(model, part)
             except AttributeError:
                 raise ValueError(
                     f'optim_wrapper.local_learning.recompute has {name!r}, which is '
                     'no submodule of the model. Units are called '
                     f'{units[0].name!r} to {units[-1].name!r}.'
                 ) from None
-            patches.append((submodule, recomputed(submodule)))
+            patches += [(submodule, recomputed(submodule)) for submodule in submodules]
     return patches
+
+
+def submodules_of(model: nn.Module, name: str) -> list[nn.Module]:
+    """A submodule of a model, or the items of a list, which is never called itself.
+
+    Args:
+        model: The model.
+        name: Dotted name of the submodule.
+
+    Raises:
+        AttributeError: If there is none.
+    """
+    submodule = model.get_submodule(name)
+    return [*submodule] if isinstance(submodule, nn.ModuleList) else [submodule]
 
 
 def compression_patches(*modules: nn.Module) -> Patches:

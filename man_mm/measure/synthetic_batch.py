@@ -78,7 +78,8 @@ def synthetic_batch(model: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
 
 def _predicts_masks(model: nn.Module) -> bool:
     heads = heads_of(model)
-    return model.with_mask or any(hasattr(head, 'loss_mask') for head in heads)
+    with_mask = getattr(model, 'with_mask', False)
+    return with_mask or any(hasattr(head, 'loss_mask') for head in heads)
 
 
 def _images(shape: Sequence[int]) -> Tensor:

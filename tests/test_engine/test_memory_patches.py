@@ -17,6 +17,7 @@ from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from mmengine.registry import init_default_scope
 
 from man_mm.engine import loss_patches
+from man_mm.engine.memory_patches import submodules_of
 from man_mm.measure.memory import measure_memory
 
 PLAIN = dict(efficient_conv_bn_eval=False)
@@ -106,6 +107,13 @@ def test_recomputing_takes_less_memory():
         return measure_memory(lambda: other.train_step(batch, wrapper)).peak
 
     assert peak(recompute=['backbone.layer1', 'backbone.layer2']) < 0.9 * peak()
+
+
+def test_a_list_stands_for_its_items():
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+    assert submodules_of(model, 'layers') == [*model.layers]
+    assert submodules_of(model, 'layers.1') == [model.layers[1]]
 
 
 def test_an_unknown_name_to_recompute(model):

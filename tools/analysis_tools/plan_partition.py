@@ -134,13 +134,13 @@ def show_cards(args: argparse.Namespace, console: Console) -> None:
     if args.picture:
         card_report.draw(args.picture, plan, title)
         console.print(f'Picture: {args.picture}')
-    computed = None
+    checked = None
     if args.check:
         with console.status('training a step of each ...'):
-            computed = card_plan.count_computed(plan)
-        console.print(card_report.check_table(plan, computed))
+            checked = card_plan.count_on_cpu(plan)
+        console.print(card_report.check_table(*checked))
     if args.record:
-        card_report.write_record(args.record, plan, computed, seconds)
+        card_report.write_record(args.record, plan, checked, seconds)
 
 
 def show_partition(args: argparse.Namespace, console: Console) -> None:

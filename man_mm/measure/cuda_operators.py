@@ -1,0 +1,60 @@
+"""Operators of mmcv as they are on a GPU, in steps that are not computed on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+try:
+    from mmcv.ops import multi_scale_deform_attn as _attention
+except ImportError:  # no mmcv, or one without operators
+    _attention = None
+
+
+@contextmanager
+def cuda_operators() -> Iterator[None]:
+    """Lets models call what has the bytes of mmcv's operators on a GPU, but no values.
+
+    On a CPU, mmcv composes multi-scale deformable attention of operators of PyTorch,
+    which keep the sampled values of every query; its operator for GPUs keeps its inputs
+    only. Tensors that a model moves to a GPU stay where they are.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(
+            patch.object(Tensor, 'cuda', lambda tensor, *_, **__: tensor)
+        )
+        if _attention is not None:
+            name = 'multi_scale_deformable_attn_pytorch'
+            apply = _DeformableAttention.apply
+            stack.enter_context(patch.object(_attention, name, apply))
+        yield
+
+
+def _stays(tensor: Tensor, *_: object, **__: object) -> Tensor:
+    return tensor
+
+
+class _DeformableAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(value, shapes, locations, weights)
+        batch, _, heads, channels = value.shape
+        return value.new_empty(batch, locations.shape[1], heads * channels)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, _, locations, weights = ctx.saved_tensors
+        grad.contiguous()
+        return (
+            torch.zeros_like(value),
+            None,
+            torch.zeros_like(locations),
+            torch.zeros_like(weights),
+        )

@@ -41,6 +41,7 @@ CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB
 # What a card needs beside tensors: CUDA's context and the workspaces of its libraries;
 # and gaps between blocks of its allocator, a share of what is left.
 CONTEXT, GAPS = GIB, 0.05
+OBJECTS = 100  # more than in any image of COCO but a few
 STRONGEST = 'recomputed'
 KINDS = ('parameters', 'optimizer state', 'gradients', 'activations', 'temporaries')
 STEPS = (EXACT, JOINT, LOCAL)  # from accurate to fast
@@ -107,6 +108,7 @@ class Counter:
     Args:
         cfg: The config, with or without local learning.
         shape: Shape ``(N, C, H, W)`` of the images.
+        objects: Objects in an image of a detector. Defaults to 100.
         device: Device whose operators count. Defaults to ``'cuda'``.
         computed: Whether to compute the steps, on the CPU. Defaults to False, which
             gives the same bytes as the CPU's operators in seconds.
@@ -116,13 +118,14 @@ class Counter:
         self,
         cfg: Config,
         shape: tuple[int, int, int, int],
+        objects: int = OBJECTS,
         device: str = 'cuda',
         computed: bool = False,
     ) -> None:
         self.cfg, self.shape, self.device, self.computed = cfg, shape, device, computed
         model = build_uncomputed(cfg)
-        self.data, self.units = synthetic_batch(model, shape), find_units(model)
-        self.layers = attention_layers(model)
+        self.data = synthetic_batch(model, shape, objects)
+        self.units, self.layers = find_units(model), attention_layers(model)
 
     @cached_property
     def costs(self) -> list[UnitCost]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from man_mm.engine.config_files import load_config
 from man_mm.measure.planner import parse_bytes
 
-from .card_needs import STEPS, Counter, Need
+from .card_needs import OBJECTS, STEPS, Counter, Need
 from .card_search import search
 from .partition_plan import build_uncomputed, images_shape
 from .schemes import END_TO_END, JOINT
@@ -27,6 +27,7 @@ class CardPlan(NamedTuple):
         shape: Shape ``(N, C, H, W)`` of the images.
         needs: What each way to train needs.
         budget: Bytes of the card that was asked about, or None.
+        objects: Objects in an image of a detector.
     """
 
     config: str
@@ -35,6 +36,7 @@ class CardPlan(NamedTuple):
     shape: tuple[int, int, int, int]
     needs: list[Need]
     budget: int | None
+    objects: int = OBJECTS
 
     @property
     def recommended(self) -> Need | None:
@@ -57,6 +59,7 @@ def plan_cards(
     size: Sequence[int] | None = None,
     batch: int | None = None,
     options: Sequence[str] = (),
+    objects: int = OBJECTS,
     console: Console | None = None,
 ) -> CardPlan:
     """Counts what each way to train needs, without training.
@@ -70,6 +73,7 @@ def plan_cards(
             classifiers 224 and 224.
         batch: Images in a step. Defaults to the train_dataloader's.
         options: Settings that override the config, each ``KEY=VALUE``.
+        objects: Objects in an image of a detector. Defaults to 100.
         console: Where progress is shown.
 
     Raises:
@@ -79,11 +83,11 @@ def plan_cards(
     console = console or Console(quiet=True)
     cfg = load_config(config, options)
     shape = images_shape(cfg, build_uncomputed(cfg), size, batch)
-    counter = Counter(cfg, shape)
+    counter = Counter(cfg, shape, objects)
     limit = None if budget is None else parse_bytes(budget, '--budget')
     with console.status('counting ...') as status:
         needs = list(_needs(counter, limit, status.update))
-    return CardPlan(config, list(options), cfg, shape, needs, limit)
+    return CardPlan(config, list(options), cfg, shape, needs, limit, objects)
 
 
 def _needs(
@@ -113,7 +117,8 @@ def count_on_cpu(plan: CardPlan) -> tuple[list[Need], list[Need]]:
         Without computing them, and computed.
     """
     counters = (
-        Counter(plan.cfg, plan.shape, 'cpu', computed) for computed in (False, True)
+        Counter(plan.cfg, plan.shape, plan.objects, 'cpu', computed)
+        for computed in (False, True)
     )
     without, computed = (
         [counter.count(need.name, need.scheme) for need in plan.needs]

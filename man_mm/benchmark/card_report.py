@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .card_needs import CARDS, CONTEXT, GAPS, GIB, KINDS, Need, usable
+from .card_needs import CARDS, CONTEXT, GAPS, GIB, KINDS, OBJECTS, Need, usable
 from .card_plan import CardPlan
+from .published_memory import published_memory
 from .records import provenance, versions
 from .schemes import END_TO_END
 
@@ -162,6 +163,8 @@ def write_record(
     words += ['--size', *map(str, size), '--batch', str(batch)]
     if plan.budget is not None:
         words += ['--budget', str(plan.budget)]
+    if plan.objects != OBJECTS:
+        words += ['--objects', str(plan.objects)]
     if plan.options:
         words += ['--cfg-options', *plan.options]
     words += ['--check'] * bool(checked)
@@ -187,6 +190,8 @@ def write_record(
         size=size,
         batch=batch,
         budget=plan.budget,
+        objects=plan.objects,
+        published_gb=published_memory(plan.config),
         needs=needs,
         seconds=seconds,
         versions=versions(),
@@ -223,3 +228,12 @@ def error_rows(named: Iterable[tuple[str, dict]]) -> Iterable[str]:
         seconds = f'{record["seconds"]:.0f} s'
         cells = ' | '.join([*cells, seconds])
         yield f'| {name}, {record["batch"]} × {size} | {cells} |'
+
+
+def published_rows(named: Iterable[tuple[str, dict]]) -> Iterable[str]:
+    """Rows of a table in the documents: counted peaks, and readings on GPUs."""
+    for _, record in named:
+        name = Path(record['config'].partition('::')[2]).stem
+        counted = record['needs'][0]['peak'] / GIB
+        error = counted / record['published_gb'] - 1
+        yield f'| {name} | {counted:.1f} | {record["published_gb"]} | {error:+.0%} |'

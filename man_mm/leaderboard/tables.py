@@ -133,6 +133,12 @@ def _card_errors(folder: Path) -> list[str]:
     return table_lines(columns, card_report.error_rows(_card_records(folder)))
 
 
+def _published(folder: Path) -> list[str]:
+    """Counted peaks of end-to-end training beside readings on GPUs."""
+    columns = '| | counted, GiB | read on GPUs, GB | |'
+    return table_lines(columns, card_report.published_rows(_card_records(folder)))
+
+
 # Each kind of table, by the word in its marker.
 KINDS: dict[str, Callable] = {
     'steps': _steps,
@@ -145,4 +151,5 @@ KINDS: dict[str, Callable] = {
     'predictions': _predictions,
     'cards': _cards,
     'card-errors': _card_errors,
+    'published': _published,
 }

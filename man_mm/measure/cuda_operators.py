@@ -1,4 +1,4 @@
-"""Operators of mmcv as they are on a GPU, in steps that are not computed on one."""
+"""Operators as they are on a GPU, in steps that are not computed on one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from mmcv.ops import multi_scale_deform_attn as _attention
@@ -18,21 +18,30 @@ except ImportError:  # no mmcv, or one without operators
 
 @contextmanager
 def cuda_operators() -> Iterator[None]:
-    """Lets models call what has the bytes of mmcv's operators on a GPU, but no values.
+    """Lets models call what has the bytes of operators on a GPU, and maybe no values.
 
     On a CPU, mmcv composes multi-scale deformable attention of operators of PyTorch,
     which keep the sampled values of every query; its operator for GPUs keeps its inputs
-    only. Tensors that a model moves to a GPU stay where they are.
+    only. Dropout keeps a factor for each value on a CPU, and a byte on a GPU. Tensors
+    that a model moves to a GPU stay where they are.
     """
     with ExitStack() as stack:
-        stack.enter_context(
-            patch.object(Tensor, 'cuda', lambda tensor, *_, **__: tensor)
-        )
+        stack.enter_context(patch.object(Tensor, 'cuda', _stays))
+        stack.enter_context(patch.object(nn.functional, 'dropout', _dropout))
         if _attention is not None:
             name = 'multi_scale_deformable_attn_pytorch'
             apply = _DeformableAttention.apply
             stack.enter_context(patch.object(_attention, name, apply))
         yield
+
+
+def _dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    if not training or p == 0:
+        return input
+    out, _ = torch.native_dropout(input, p, True)
+    return input.copy_(out) if inplace else out
 
 
 def _stays(tensor: Tensor, *_: object, **__: object) -> Tensor:

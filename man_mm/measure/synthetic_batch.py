@@ -13,18 +13,20 @@ from man_mm.aux_heads.detector import heads_of, is_detector, num_classes
 from man_mm.aux_heads.restorer import is_restorer
 from man_mm.backbones import find_backbone, find_scale
 
-_OBJECTS = 8
+OBJECTS = 8
 
 
-def synthetic_batch(model: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
+def synthetic_batch(
+    model: nn.Module, shape: Sequence[int], objects: int = OBJECTS
+) -> dict[str, Any]:
     """Makes a batch as the model's data loader gives it; the same at every call.
-
-    Detectors get 8 objects an image, with masks if they predict masks.
 
     Args:
         model: A detector of mmdet, a classifier of mmpretrain or a super-resolution
             model of mmagic.
         shape: Shape ``(N, C, H, W)`` of the images, before padding.
+        objects: Objects in an image of a detector, with masks if it predicts masks.
+            Defaults to 8.
 
     Returns:
         What ``model.train_step`` and ``model.data_preprocessor`` take.
@@ -47,7 +49,7 @@ def synthetic_batch(model: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
         return demo_mm_inputs(
             count,
             tuple(image),
-            num_items=[_OBJECTS] * count,
+            num_items=[objects] * count,
             num_classes=max(num_classes(model), 2),
             with_mask=_predicts_masks(model),
         )

@@ -12,6 +12,7 @@ from man_mm.benchmark import card_needs, card_report
 from man_mm.benchmark.card_needs import Counter, Need, usable
 from man_mm.benchmark.card_plan import CardPlan, count_on_cpu, plan_cards
 from man_mm.benchmark.card_search import search
+from man_mm.benchmark.published_memory import published_memory
 from man_mm.engine.config_files import load_config
 from man_mm.measure import uncomputed
 
@@ -179,3 +180,18 @@ def test_what_cannot_be_asked_is_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit, match=message):
         run_script('plan_partition', DEMO, '--size', 32, 32, *arguments)
     capsys.readouterr()
+
+
+def test_what_is_known_of_gpus_is_told():
+    known = published_memory('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
+    assert known == 3.8  # GB, two images of 800 x 1333
+    assert published_memory('mmdet::retinanet/no_such_config.py') is None
+    assert published_memory('mmpretrain::resnet/resnet18_8xb16_cifar10.py') is None
+    assert published_memory(DEMO) is None
+
+
+def test_crowded_images_need_more():
+    cfg = load_config('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
+    counters = [Counter(cfg, (1, 3, 160, 240), objects) for objects in (1, 1000)]
+    few, many = (c.count('end-to-end', 'end-to-end').peak for c in counters)
+    assert many > 1.2 * few

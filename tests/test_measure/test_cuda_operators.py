@@ -43,6 +43,21 @@ def test_a_gpu_keeps_no_sampled_values():
     assert peak('cpu')[0] == on_cpu  # nothing stays replaced
 
 
+def test_dropout_keeps_a_byte_a_value():
+    def saved(device):
+        count = 2**20
+        with Uncomputed(device):
+            x = torch.zeros(count, requires_grad=True)
+            layer, outs = torch.nn.Dropout(0.1), []
+            report = measure_memory(lambda: outs.append(layer(x)))
+            outs[0].sum().backward()
+            assert x.grad.shape == x.shape
+        return report.peak / count - FLOAT  # beside the output
+
+    assert saved('cuda') == 1
+    assert saved('cpu') == FLOAT
+
+
 def test_tensors_that_are_moved_to_a_gpu_stay():
     with Uncomputed('cuda'):
         assert torch.zeros(2).cuda().device.type == 'cpu'

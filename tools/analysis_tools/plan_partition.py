@@ -24,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from man_mm.benchmark import card_plan, card_report
+from man_mm.benchmark.card_needs import OBJECTS
 from man_mm.benchmark.partition_plan import check_plan, plan_config, write_config
 from man_mm.benchmark.partition_report import (
     check_table,
@@ -34,6 +35,7 @@ from man_mm.benchmark.partition_report import (
     partition_lines,
     setting_lines,
 )
+from man_mm.benchmark.published_memory import published_memory
 from man_mm.benchmark.records import MIB
 
 
@@ -68,6 +70,12 @@ def parse_args() -> argparse.Namespace:
         '--batch',
         type=int,
         help=("images in a step; default: that of the config's train_dataloader"),
+    )
+    parser.add_argument(
+        '--objects',
+        type=int,
+        default=OBJECTS,
+        help='objects in an image of a detector, for cards (default: %(default)s)',
     )
     parser.add_argument(
         '--cfg-options',
@@ -114,12 +122,20 @@ def main() -> None:
 def show_cards(args: argparse.Namespace, console: Console) -> None:
     start = time.perf_counter()
     plan = card_plan.plan_cards(
-        args.config, args.budget, args.size, args.batch, args.cfg_options, console
+        args.config,
+        args.budget,
+        args.size,
+        args.batch,
+        args.cfg_options,
+        args.objects,
+        console,
     )
     seconds = time.perf_counter() - start
     batch, _, height, width = plan.shape
     title = f'{Path(args.config).stem}, {batch} × {height}×{width}'
     console.print(card_report.make_table(plan, f'GiB at the peak: {title}'))
+    if known := published_memory(args.config):
+        console.print(f"Read on GPUs, by the config's metafile: {known} GB.\n")
     if plan.budget is not None:
         console.print(card_report.verdict(plan), '\n', sep='')
     need = plan.recommended

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
 from itertools import islice
 
-from man_mm.measure.peaks import Plan, UnitCost
+from man_mm.measure.peaks import Plan, exact_costs
 from man_mm.measure.planner import plan_modules
 
 from .card_needs import Counter, Need, usable
-from .schemes import LOCAL
+from .schemes import JOINT, LOCAL
 
 _TRIES = 4  # partitions without, and with recomputed layers
 
@@ -43,7 +41,9 @@ def search(counter: Counter, base: str, first: Need, limit: int) -> Need:
 
 
 def _tries(counter: Counter, base: str, first: Need, limit: int) -> Iterator[_Try]:
-    costs = counter.costs if base == LOCAL else exact_costs(counter.costs)
+    costs = counter.costs
+    if base != LOCAL:
+        costs = exact_costs(costs, with_heads=base == JOINT)
     room = usable(limit) - first.kinds['parameters'] - first.kinds['optimizer state']
     plans = [plan_modules(costs, count) for count in range(2, len(costs) + 1)]
     fitting = (plan for plan in plans if plan.peak <= room)
@@ -62,10 +62,3 @@ def _tries(counter: Counter, base: str, first: Need, limit: int) -> Iterator[_Tr
 
 def _inner_peak(plan: Plan) -> int:
     return max(module.peak for module in plan.modules[:-1])
-
-
-def exact_costs(costs: Sequence[UnitCost]) -> list[UnitCost]:
-    """What units cost in exact steps: no auxiliary heads, but every boundary."""
-    *inner, last = costs
-    free = partial(replace, head=0, head_grads=0)
-    return [*(free(cost, kept=cost.output) for cost in inner), last]

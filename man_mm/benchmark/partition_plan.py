@@ -22,7 +22,7 @@ from man_mm.engine.config_files import find_config, load_config
 from man_mm.engine.constructor import LEARNER_OPTIONS
 from man_mm.engine.quiet import quiet
 from man_mm.measure import BalancedPartition
-from man_mm.measure.model_costs import measure_units
+from man_mm.measure.model_costs import measure_units, with_boundaries
 from man_mm.measure.peaks import Plan, PlannedModule, predict
 from man_mm.measure.planner import plan_modules
 from man_mm.measure.synthetic_batch import synthetic_batch
@@ -60,7 +60,9 @@ def make_measure(
         with status, Uncomputed(device):
             return measure_units(model, build, shape, plain)
 
-    return measure
+    if options['end_to_end_from'] is None:
+        return measure
+    return with_boundaries(measure, options['local_loss_weight'] > 0)
 
 
 def end_to_end(measure: Measure, shape: tuple[int, ...]) -> PlannedModule:

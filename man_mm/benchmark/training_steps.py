@@ -234,7 +234,9 @@ def _save_memory(
         options = {**complete_options(given), 'partition': partition}
         options = {key: options[key] for key in LEARNER_OPTIONS}
         with quiet():
-            learner = build_learner(model, with_heads=False, **options)
+            learner = build_learner(
+                model, with_heads=False, keeps_boundaries=True, **options
+            )
         cuts = cut_names(learner)
         patches += module_patches(model, learner.modules)
     for name in scheme.options.get('recompute', ()):

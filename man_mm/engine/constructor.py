@@ -19,7 +19,7 @@ from man_mm.backbones import find_units, probe
 from man_mm.core import CompressedActivations, LocalLearner, split
 from man_mm.core.partition import Measure
 from man_mm.core.random_states import random_state_kept
-from man_mm.measure.model_costs import measure_units
+from man_mm.measure.model_costs import measure_units, with_boundaries
 
 from .checks import (
     AMP_WRAPPER,
@@ -145,7 +145,12 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         weight, share = (
             self.options[key] for key in ('local_loss_weight', 'end_to_end_from')
         )
-        learner = build_learner(model, with_heads=share != 0 or weight > 0, **options)
+        learner = build_learner(
+            model,
+            with_heads=share != 0 or weight > 0,
+            keeps_boundaries=share is not None,
+            **options,
+        )
         if isinstance(wrapped, FullyShardedModel):
             check_sharding(share)
             wrapped.shard(learner)
@@ -209,6 +214,7 @@ def build_learner(
     recompute_losses: bool = True,
     activation_bits: int | None = None,
     with_heads: bool = True,
+    keeps_boundaries: bool = False,
 ) -> LocalLearner:
     """Partitions a model and builds its auxiliary heads, of its device and dtype.
 
@@ -227,6 +233,8 @@ def build_learner(
         activation_bits: See there.
         with_heads: Whether there are auxiliary heads. Exact steps need none, and
             neither ``aux_head`` then. Defaults to True.
+        keeps_boundaries: Whether steps are exact or joint, at least in the end: then
+            partitions that measure count all boundaries. Defaults to False.
 
     Returns:
         A learner without a bank; `MemoryBankHook` adds one.
@@ -256,6 +264,8 @@ def build_learner(
             activation_bits=activation_bits,
         ),
     )
+    if keeps_boundaries:
+        measure = with_boundaries(measure, with_heads)
     cuts = root.TASK_UTILS.build(dict(partition)).cuts(units, measure)
     modules = split(model, units, cuts)
     ends = ', '.join(module.cut for module in modules[:-1]) or 'nothing'

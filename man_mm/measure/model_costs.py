@@ -17,9 +17,10 @@ from torch import nn
 from man_mm.backbones import find_units
 from man_mm.core import LocalLearner, MemoryBank
 from man_mm.core.local_losses import Backward
+from man_mm.core.partition import Measure
 from man_mm.core.random_states import random_state_kept
 
-from .peaks import UnitCost
+from .peaks import UnitCost, exact_costs
 from .synthetic_batch import synthetic_batch
 from .unit_costs import measure_costs
 
@@ -73,6 +74,21 @@ def measure_units(
         costs = [measure_costs(learner, step, next(twin.parameters()).device)]
     dist.broadcast_object_list(costs)
     return costs[0]
+
+
+def with_boundaries(measure: Measure, with_heads: bool) -> Measure:
+    """Measures what units cost in exact or joint steps.
+
+    Args:
+        measure: Measures what they cost in local steps.
+        with_heads: Whether there are auxiliary heads.
+    """
+
+    def measure_exact(shape: Sequence[int], plain: bool = False) -> list[UnitCost]:
+        costs = measure(shape, plain=plain)
+        return costs if plain else exact_costs(costs, with_heads)
+
+    return measure_exact
 
 
 @contextmanager

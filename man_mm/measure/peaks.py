@@ -32,6 +32,8 @@ class UnitCost:
         shared: Whether it is.
         kept: What the bank keeps of its output for auxiliary heads, beyond the next
             module, if the network is cut here.
+        boundary: What exact steps keep of its output, to the end of the forward pass,
+            if the network is cut here.
         whole: Its output for all images, if it runs on a micro-batch at a time, in
             which case ``forward``, ``saved``, ``head``, ``backward`` and ``output``
             are of a micro-batch; else 0.
@@ -49,7 +51,25 @@ class UnitCost:
     ends_stage: bool = False
     shared: bool = False
     kept: int = 0
+    boundary: int = 0
     whole: int = 0
+
+
+def exact_costs(costs: Sequence[UnitCost], with_heads: bool = False) -> list[UnitCost]:
+    """What units cost in exact or joint steps, of which every boundary is kept.
+
+    Args:
+        costs: What they cost in local steps.
+        with_heads: Whether there are auxiliary heads: steps are joint. Defaults to
+            False.
+    """
+    *inner, last = costs
+    without = {} if with_heads else dict(head=0, head_grads=0)
+    inner = [
+        replace(cost, kept=0, boundary=cost.whole or cost.output, **without)
+        for cost in inner
+    ]
+    return [*inner, last]
 
 
 @dataclass(frozen=True)
@@ -99,13 +119,15 @@ def predict(costs: Sequence[UnitCost], ends: Sequence[int]) -> Plan:
         costs: Costs of all units in the order in which they run.
         ends: For each module, how many units it and those before it have.
     """
-    modules, kept = [], 0
+    modules, kept, boundaries = [], 0, 0
     for start, stop in zip([0, *ends], ends, strict=False):
         names = tuple(name for cost in costs[start:stop] for name in cost.names)
         kinds = bytes_at_peak(costs[start:stop], stop == len(costs))
-        kinds['held'] += kept if stop < len(costs) else 0
+        kinds['held'] += boundaries + (kept if stop < len(costs) else 0)
         modules.append(PlannedModule(names, kinds))
-        kept += costs[start - 1].kept if start else 0
+        if start:
+            kept += costs[start - 1].kept
+            boundaries += costs[start - 1].boundary
     return Plan(tuple(modules))
 
 
@@ -127,11 +149,11 @@ def bytes_at_peak(costs: Sequence[UnitCost], is_last: bool) -> dict[str, int]:
 def _phases(costs: Sequence[UnitCost]) -> Iterator[Counter]:
     """What is alive in forward pass, head and backward pass, beside what is held."""
     *inner, end = costs
-    saved = 0
+    saved, given = 0, end.boundary  # exact steps start with the gradient of the output
     for cost in costs:
-        yield Counter(saved=saved, temporaries=cost.forward)
+        yield Counter(saved=saved, gradients=given, temporaries=cost.forward)
         saved += cost.saved
-    yield Counter(saved=saved, head=end.head)
+    yield Counter(saved=saved, gradients=given, head=end.head)
     # Maps that others read, too, have gradients from the start of the backward pass.
     gradients = end.head_grads + sum(cost.output for cost in inner if cost.shared)
     for cost in reversed(costs):
@@ -140,7 +162,7 @@ def _phases(costs: Sequence[UnitCost]) -> Iterator[Counter]:
         )
         saved -= cost.saved
         gradients += cost.grads
-        if cost is end:
+        if cost is end and not given:
             saved += cost.output  # stays, for the next module
 
 

@@ -39,7 +39,7 @@ def plan_modules(costs: Sequence[UnitCost], num_modules: int) -> Plan:
         for stop in range(1, len(costs) + 1)
         for start in range(stop)
     }
-    kept = [cost.kept for cost in costs]
+    kept = [(cost.kept + cost.boundary, cost.boundary) for cost in costs]
     limit, _ = _search(peaks, kept, num_modules, max)
 
     def squares(score: int, peak: int) -> int | None:
@@ -200,7 +200,7 @@ def format_bytes(size: int) -> str:
 
 def _search(
     peaks: Mapping[tuple[int, int], int],
-    kept: Sequence[int],
+    kept: Sequence[tuple[int, int]],
     num_modules: int,
     join: Callable[[int, int], int | None],
 ) -> tuple[int, tuple[int, ...]]:
@@ -209,29 +209,33 @@ def _search(
     Args:
         peaks: Peak of the module from one position to another.
         kept: Bytes that a cut after each unit adds to all modules but the next
-            and the last.
+            and the last, and those that it adds to the last.
         num_modules: Number of modules K.
         join: Adds a module's peak to the score of those before it; None forbids it.
     """
     # By position: the ways to get there that no other one beats in both its score
     # and what it adds to later modules.
-    ways: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {0: [(0, 0, ())]}
+    ways: dict[int, list[tuple[int, int, int, tuple[int, ...]]]]
+    ways = {0: [(0, 0, 0, ())]}
     for left in reversed(range(num_modules)):
         found = defaultdict(list)
         last = len(kept) - left
         for start, known in ways.items():
             for stop in range(start + 1, last + 1) if left else [last]:
-                for score, extra, ends in known:
-                    joined = join(score, peaks[start, stop] + (extra if left else 0))
+                for score, inner, final, ends in known:
+                    extra = inner if left else final
+                    joined = join(score, peaks[start, stop] + extra)
                     if joined is not None:
-                        added = extra + (kept[start - 1] if start else 0)
-                        found[stop].append((joined, added, (*ends, stop)))
+                        added = kept[start - 1] if start else (0, 0)
+                        sums = inner + added[0], final + added[1]
+                        found[stop].append((joined, *sums, (*ends, stop)))
         ways = {stop: _unbeaten(options) for stop, options in found.items()}
-    score, _, ends = min(ways[len(kept)])
+    score, *_, ends = min(ways[len(kept)])
     return score, ends
 
 
 def _unbeaten(options: list[tuple]) -> list[tuple]:
+    # What is added to the last module is nothing, or what is added to the others.
     best = []
     for option in sorted(options):
         if not best or option[1] < best[-1][1]:

@@ -34,6 +34,8 @@ class UnitCost:
             module, if the network is cut here.
         boundary: What exact steps keep of its output, to the end of the forward pass,
             if the network is cut here.
+        entry: Its input, if it is the first unit and what is in front of what trains
+            is frozen; exact steps keep it, too.
         whole: Its output for all images, if it runs on a micro-batch at a time, in
             which case ``forward``, ``saved``, ``head``, ``backward`` and ``output``
             are of a micro-batch; else 0.
@@ -52,6 +54,7 @@ class UnitCost:
     shared: bool = False
     kept: int = 0
     boundary: int = 0
+    entry: int = 0
     whole: int = 0
 
 
@@ -63,13 +66,15 @@ def exact_costs(costs: Sequence[UnitCost], with_heads: bool = False) -> list[Uni
         with_heads: Whether there are auxiliary heads: steps are joint. Defaults to
             False.
     """
-    *inner, last = costs
     without = {} if with_heads else dict(head=0, head_grads=0)
-    inner = [
-        replace(cost, kept=0, boundary=cost.whole or cost.output, **without)
-        for cost in inner
-    ]
-    return [*inner, last]
+    exact = []
+    for cost in costs[:-1]:
+        # What others read is held in any case.
+        boundary = 0 if cost.shared else cost.whole or cost.output
+        exact.append(replace(cost, kept=0, boundary=boundary, **without))
+    exact.append(costs[-1])
+    entry = exact[0].entry
+    return [exact[0], *(replace(cost, held=cost.held + entry) for cost in exact[1:])]
 
 
 @dataclass(frozen=True)

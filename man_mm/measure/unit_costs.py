@@ -18,6 +18,7 @@ from man_mm.core.learner import LocalLearner
 from man_mm.core.local_losses import Backward
 from man_mm.core.partition import LocalModule, ends_of_stages, outlets
 from man_mm.core.patches import Forward
+from man_mm.core.second_runs import trainable_parts
 from man_mm.core.storages import tensor_bytes
 
 from .memory import StorageTracker
@@ -111,12 +112,17 @@ class _Recorder:
         self.read: list[bool] = []
         self.grads = [0] * len(learner.modules)
         self.banked: list[dict[str, int]] = [{} for _ in learner.modules]
+        self.entry = 0  # bytes that enter the first part that trains, if not images
 
     def watch(self, module: LocalModule, stack: ExitStack) -> None:
         model = self.learner.model
         start = model.get_submodule(module.units[0].parts[0])
         hook = start.register_forward_pre_hook(partial(self._start, module.index))
         stack.callback(hook.remove)
+        trained = trainable_parts(model, module)[0]
+        if module.index == 0 and trained != module.parts[0]:
+            hook = model.get_submodule(trained).register_forward_pre_hook(self._enter)
+            stack.callback(hook.remove)
         end = model.get_submodule(module.cut)
         hook = end.register_forward_hook(partial(self._end, module))
         stack.callback(hook.remove)
@@ -142,6 +148,9 @@ class _Recorder:
         if complete:
             for param in self.learner.params(module):
                 param.grad = None
+
+    def _enter(self, _part: object, args: tuple) -> None:
+        self.entry += args[0].nbytes
 
     def _start(self, index: int, *_: object) -> None:
         self.marks[index].append(self.timeline.mark())
@@ -189,6 +198,7 @@ class _Recorder:
                     ends_stage=cut in ends,
                     shared=cut in ends and is_read,
                     kept=kept if cut in inner else 0,
+                    entry=self.entry if index == 0 else 0,
                     **phases,
                 )
             )

@@ -27,6 +27,15 @@ def test_peaks_of_exact_steps_are_predicted(counter, num_modules):
     assert plan.peak == pytest.approx(counted(counter, plan.cuts), rel=0.06)
 
 
+@pytest.mark.parametrize('num_modules', [2, 4])
+def test_what_necks_read_and_what_is_frozen_is_kept_once(num_modules):
+    cfg = load_config('configs/man/retinanet_r50_man_coco.py')
+    counter = Counter(cfg, (1, 3, 608, 960), objects=8)
+    plan = plan_modules(exact_costs(counter.costs), num_modules)
+    assert plan.peak == pytest.approx(counted(counter, plan.cuts), rel=0.04)
+    assert counter.costs[0].entry == 256 * 152 * 240 * 4  # behind the frozen layer1
+
+
 def test_boundaries_that_are_forgotten_are_found_out(counter):
     local = plan_modules(counter.costs, 8)
     assert local.peak < 0.9 * counted(counter, local.cuts)

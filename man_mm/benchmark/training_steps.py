@@ -31,6 +31,7 @@ from man_mm.engine.memory_patches import (
 )
 from man_mm.engine.options import complete_options
 from man_mm.engine.quiet import quiet
+from man_mm.engine.sliced_overlaps import slice_overlaps
 
 from .schemes import (
     END_TO_END,
@@ -230,6 +231,7 @@ def _save_memory(
         patches += fold_patches(model, find_units(model))
     if 'lean' in scheme.options or 'recompute-losses' in scheme.options:
         patches += loss_patches(model)
+        slice_overlaps(model)
     if partition := partition_config(scheme.options, shape):
         options = {**complete_options(given), 'partition': partition}
         options = {key: options[key] for key in LEARNER_OPTIONS}

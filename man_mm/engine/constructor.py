@@ -35,6 +35,7 @@ from .loss_patches import loss_patches
 from .memory_patches import compression_patches, fold_patches, recompute_patches
 from .optim_wrapper import LocalLearningOptimWrapper
 from .options import check_paramwise, complete_options
+from .sliced_overlaps import slice_overlaps
 
 LEARNER_OPTIONS = (
     'partition',
@@ -74,8 +75,9 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - ``efficient_conv_bn_eval=True``: fold batch norms in evaluation mode into their
       convolutions; see `man_mm.core.conv_bn.fold_norms`.
     - ``recompute_losses=True``: compute elementwise losses, such as the focal loss,
-      a few rows at a time, and again in the backward pass; see
-      `man_mm.engine.loss_patches.loss_patches`.
+      a few rows at a time, and again in the backward pass, and overlaps of anchors
+      and objects a few at a time; see `man_mm.engine.loss_patches.loss_patches` and
+      `man_mm.engine.sliced_overlaps.SlicedOverlaps`.
     - ``activation_bits=None``: 8 or 4 to save activations in so many bits a value; see
       `man_mm.core.CompressedActivations`.
     - ``base_constructor='DefaultOptimWrapperConstructor'``: the constructor that
@@ -278,7 +280,10 @@ def build_learner(
             for site in find_sites(model, modules, entry, taps):
                 config = dict(copy.deepcopy(aux_head), site=site)
                 heads.append(root.MODELS.build(config).to(like))
-    patches = loss_patches(model, *heads) if recompute_losses else []
+    patches = []
+    if recompute_losses:
+        patches += loss_patches(model, *heads)
+        slice_overlaps(model, *heads)
     if efficient_conv_bn_eval:
         patches += fold_patches(model, units)
     patches += recompute_patches(model, units, recompute)

@@ -23,7 +23,7 @@ def read_runs(text):
 
 def difference(runs, key, metric, digits):
     """Mean paired difference from the runs without memory, and its standard error."""
-    results, baseline = runs[key], runs[*key[:2], 'none']
+    results, baseline = runs[key], runs[(*key[:2], 'none')]
     values = [
         results[seed][metric] - baseline[seed][metric]
         for seed in sorted(results.keys() & baseline.keys())

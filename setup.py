@@ -55,7 +55,9 @@ class BuildWithMim(build_py):
             shutil.copy2(source, target)
 
 
-EXTRAS = {name: read_requirements(name) for name in ('det', 'cls', 'sr', 'dev', 'docs')}
+# Of each stack of OpenMMLab packages its own: no extra installs one over another.
+STACKS = ('det', 'cls', 'sr', 'onedl-det', 'onedl-cls')
+EXTRAS = {name: read_requirements(name) for name in (*STACKS, 'dev', 'docs')}
 EXTRAS['all'] = read_requirements('det', 'cls', 'sr')
 
 setup(

@@ -1,4 +1,4 @@
-"""Set up ``.venv`` with everything that man_mm, its tests and its demo need.
+"""Set up an environment with everything that man_mm, its tests and its demo need.
 
 Run by ``make setup``; needs nothing but Python's standard library. Each step
 leaves a stamp when it is finished, so a second call does nothing, and a call after
@@ -45,7 +45,7 @@ def set_up(shell: Shell) -> int:
     total = len(steps) + 1
     ran = 0
     if not (python_key() and is_stamped('venv', python_key())):
-        announce(1, total, 'Python environment in .venv', '10 s')
+        announce(1, total, f'Python environment in {VENV.name}', '10 s')
         create_venv(shell)
         write_stamp('venv', python_key())
         ran += 1
@@ -106,7 +106,8 @@ def main() -> int:
             print('\nInterrupted; the same command goes on from here.')
             return 130
     state = 'is ready' if ran else 'is up to date'
-    print(f'The environment in .venv {state} ({duration(time.monotonic() - begin)}).')
+    took = duration(time.monotonic() - begin)
+    print(f'The environment in {VENV.name} {state} ({took}).')
     return 0
 
 

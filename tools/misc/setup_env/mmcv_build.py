@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from places import CONSTRAINTS, PYTHON, VENV
+from places import CONSTRAINTS, PYTHON, STACK, VENV
 from shell import SetupError, Shell
 
 # Without the debugging symbols that Python's own flags ask for.
@@ -20,6 +20,11 @@ GIB = 2**30
 def constrained_version(name: str) -> str:
     """Return the version of a package in the constraints."""
     return re.search(rf'^{name}==(\S+)$', CONSTRAINTS.read_text('utf-8'), re.M)[1]
+
+
+def file_name() -> str:
+    """Return how mmcv's distribution is spelt in the names of files."""
+    return STACK.mmcv.replace('-', '_')
 
 
 def mmcv_variant(shell: Shell) -> str:
@@ -35,8 +40,8 @@ def mmcv_variant(shell: Shell) -> str:
         [str(PYTHON), '-c', code], text=True, stderr=shell.log
     )
     torch, (major, minor), platform, ops = json.loads(output)
-    version = constrained_version('mmcv')
-    return f'mmcv-{version}-torch-{torch}-cp{major}{minor}-{platform}-{ops}'
+    version = constrained_version(STACK.mmcv)
+    return f'{STACK.mmcv}-{version}-torch-{torch}-cp{major}{minor}-{platform}-{ops}'
 
 
 def check_compiler() -> None:
@@ -58,17 +63,17 @@ def check_compiler() -> None:
 
 def unpack_mmcv(shell: Shell, folder: Path) -> Path:
     """Download and unpack mmcv's source, unless an interrupted build has it."""
-    version = constrained_version('mmcv')
+    version = constrained_version(STACK.mmcv)
     source = folder / 'source'
     if source.exists():
         return source
     shutil.rmtree(folder, ignore_errors=True)
     shell.pip(
-        'download', '--no-deps', '--no-build-isolation', '--no-binary', 'mmcv',
-        '--dest', folder, f'mmcv=={version}',
+        'download', '--no-deps', '--no-build-isolation', '--no-binary', STACK.mmcv,
+        '--dest', folder, f'{STACK.mmcv}=={version}',
     )  # fmt: skip
-    shutil.unpack_archive(folder / f'mmcv-{version}.tar.gz', folder)
-    unpacked = folder / f'mmcv-{version}'
+    unpacked = folder / f'{file_name()}-{version}'
+    shutil.unpack_archive(f'{unpacked}.tar.gz', folder)
     setup = unpacked / 'setup.py'
     # The headers of torch 2.14 need C++20; mmcv's choice comes last on the command
     # line, where no CXXFLAGS can override it.
@@ -142,8 +147,8 @@ def install_mmcv(shell: Shell) -> None:
         build_mmcv(shell, variant, folder)
     try:
         # pip would keep an mmcv of this version, even one without ops.
-        shell.run(PYTHON, '-m', 'pip', 'uninstall', '--yes', 'mmcv')
-        shell.pip('install', *folder.glob('mmcv-*.whl'))
+        shell.run(PYTHON, '-m', 'pip', 'uninstall', '--yes', STACK.mmcv)
+        shell.pip('install', *folder.glob(f'{file_name()}-*.whl'))
         shell.run(PYTHON, '-c', 'import mmcv.ops')
     except SetupError:
         shutil.rmtree(folder)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from stacks import choose_stack
+
 ROOT = Path(__file__).resolve().parents[3]
-VENV = ROOT / '.venv'
+STACK = choose_stack(os.environ.get('STACK', 'openmmlab'))
+VENV = ROOT / STACK.venv
 STAMPS = VENV / 'stamps'
 LOG = VENV / 'setup.log'
 LOCK = VENV / 'setup.lock'

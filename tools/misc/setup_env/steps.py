@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmcv_build import install_mmcv
-from places import CONSTRAINTS, REQUIREMENTS, ROOT, SOURCES
+from places import CONSTRAINTS, REQUIREMENTS, ROOT, SOURCES, STACK
 from shell import Shell
 
 
@@ -45,14 +45,13 @@ def install_torch(shell: Shell) -> None:
 
 def install_build_tools(shell: Shell) -> None:
     """Install what builds mmcv without build isolation."""
-    shell.pip('install', 'setuptools<82', 'wheel', 'ninja', 'psutil')
+    shell.pip('install', 'setuptools<82', 'wheel', 'packaging', 'ninja', 'psutil')
 
 
 def install_requirements(shell: Shell) -> None:
     """Install the OpenMMLab packages and the tools for development."""
-    lists = requirement_files('runtime', 'det', 'cls', 'sr', 'dev', 'docs')
-    shell.pip('install', *lists)
-    shell.pip('install', '--no-deps', *requirement_files('no-deps'))
+    shell.pip('install', *requirement_files(*STACK.lists))
+    shell.pip('install', '--no-deps', *requirement_files(STACK.no_deps))
 
 
 def install_package(shell: Shell) -> None:

@@ -196,8 +196,19 @@ RESTORERS = {
 }
 
 
+def needs_mmagic():
+    """Skips a test where mmagic is not installed: it has no version for the forks."""
+    pytest.importorskip('mmagic')
+
+
+@pytest.fixture
+def mmagic():
+    needs_mmagic()
+
+
 def build_restorer(name: str, scale: int = 2, **kwargs):
     """mmagic's super-resolution model, narrow; ``kwargs`` update its network."""
+    needs_mmagic()
     init_default_scope('mmagic')
     torch.manual_seed(0)
     sizes = dict(in_channels=3, out_channels=3, upscale_factor=scale)
@@ -219,6 +230,7 @@ def build_restorer(name: str, scale: int = 2, **kwargs):
 
 def image_pairs(size: int = 2, side: int = 16, scale: int = 2, seed: int = 0):
     """Smooth images, which can be learned, and the same ones ``scale`` times larger."""
+    needs_mmagic()
     from mmagic.structures import DataSample
 
     rng = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib
@@ -46,6 +47,8 @@ def run_python(text, folder, namespace=None):
     """Runs a page's blocks in order; those with a base are loaded as configs."""
     namespace = {'__name__': PAGE, **(namespace or {})}
     for number, block in enumerate(blocks(text, 'python')):
+        if "_base_ = 'mmagic::" in block and find_spec('mmagic') is None:
+            continue  # not beside the forks
         if '_base_ = ' in block:
             check_config(block, folder / f'block{number}.py')
         else:

@@ -128,7 +128,8 @@ def check_mim(words, parse):
         'mmagic',
         'man_mm',
     )
-    if is_placeholder(config):
+    has_package = package != 'mmagic' or find_spec('mmagic')  # not beside the forks
+    if is_placeholder(config) or not has_package:
         return
     stock = Path(find_spec(package).origin).parent / '.mim/configs'
     path = Path(config)
@@ -171,7 +172,7 @@ def check_make(words, _parse):
 
 
 def check_pip(words, _parse):
-    extras = {name for word in words for name in re.findall(r'\[(\w+)\]', word)}
+    extras = {name for word in words for name in re.findall(r'\[([\w-]+)\]', word)}
     assert all(Path(f'requirements/{name}.txt').is_file() for name in extras)
 
 

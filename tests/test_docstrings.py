@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import needs_mmagic
 from mmengine.logging import MMLogger
 
 import man_mm
@@ -58,6 +59,8 @@ def surroundings():
 
 @pytest.mark.parametrize('test', EXAMPLES, ids=lambda test: test.name)
 def test_examples_run(test, surroundings):
+    if 'mmagic::' in test.docstring:
+        needs_mmagic()
     assert run(test) == ''
 
 

@@ -160,6 +160,7 @@ def test_stock_config_by_options_alone(digits, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('mmagic')
 def test_super_resolution_with_mmagic(tmp_path):
     """Trained by the config for DIV2K, tested by a config without local learning."""
     photos = make_photos(tmp_path / 'photos', scales=(2,))

@@ -99,6 +99,7 @@ def test_the_metafile_lists_every_config(folder):
     assert f'configs/{folder}/metafile.yml' in index
 
 
+@pytest.mark.usefixtures('mmagic')
 def test_metafiles_use_the_words_of_openmmlab():
     """Tasks and metrics are those that stock metafiles name, but for AP50."""
     tasks, metrics = set(), set()

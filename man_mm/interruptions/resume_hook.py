@@ -110,7 +110,7 @@ class ResumeHook(Hook):
         loop, loader = runner.train_loop, runner.train_loop.dataloader
         if _is_iteration_based(loop):
             # The loop itself passes over batches, so each has to be seeded.
-            loop.dataloader_iterator = _seeded(loop.dataloader_iterator, runner)
+            loop.dataloader_iterator = _SeededBatches(loop.dataloader_iterator, runner)
             return
         first = loop.epoch * len(loader)
         seed(runner, first)
@@ -169,12 +169,6 @@ def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
     _seed_all(value)
 
 
-def _seeded(batches: Iterator, runner: Runner) -> Iterator:
-    for iteration in count():
-        seed(runner, iteration)
-        yield next(batches)
-
-
 def _pass_over(runner: Runner, first: int, batches: int) -> None:
     """Lets an epoch-based loop load its first batches without training on them."""
     loop = runner.train_loop
@@ -186,6 +180,30 @@ def _pass_over(runner: Runner, first: int, batches: int) -> None:
         seed(runner, first + idx + 1)
 
     loop.run_iter = pass_over
+
+
+class _SeededBatches:
+    """Loads each batch with the seed of its iteration."""
+
+    def __init__(self, batches: Iterator, runner: Runner) -> None:
+        self._batches, self._runner = batches, runner
+        self._iterations = count()
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> Any:
+        seed(self._runner, next(self._iterations))
+        return next(self._batches)
+
+    def skip_iter(self, iterations: int) -> None:
+        """Passes over batches, where a loop of onedl-mmengine resumes.
+
+        They are loaded, although its sampler could pass over them without: workers have
+        random states, which go on from one batch to the next.
+        """
+        for _ in range(iterations):
+            next(self)
 
 
 def _is_iteration_based(loop: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import LOCAL_LEARNING, build_restorer, image_pairs
+from conftest import LOCAL_LEARNING, build_cifar_classifier, labelled_images
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.registry import METRICS
@@ -30,19 +30,21 @@ class Noise(BaseMetric):
 
 
 class Jittered(Dataset):
-    """Pairs of images, augmented with all three random generators."""
+    """Images, augmented with all three random generators."""
 
     def __init__(self, size=6):
-        pairs = image_pairs(size=size, side=8)
-        self.pairs = list(zip(pairs['inputs'], pairs['data_samples'], strict=True))
+        torch.manual_seed(0)
+        images = labelled_images(size, side=8)
+        self.images = list(zip(images['inputs'], images['data_samples'], strict=True))
 
     def __len__(self):
-        return len(self.pairs)
+        return len(self.images)
 
     def __getitem__(self, idx):
-        small, sample = self.pairs[idx]
+        image, sample = self.images[idx]
         shift = random.random() + np.random.rand() + torch.rand(())
-        return dict(inputs=(small + 50 * shift).byte(), data_samples=sample)
+        # mmpretrain changes a sample that it sends to another process.
+        return dict(inputs=(image + 50 * shift).byte(), data_samples=sample.clone())
 
 
 def build_runner(work_dir, epochs=None, iters=None, workers=0, **overrides):
@@ -67,7 +69,7 @@ def build_runner(work_dir, epochs=None, iters=None, workers=0, **overrides):
     )  # fmt: skip
     wrapper = dict(LOCAL_LEARNING, optimizer=dict(type='SGD', lr=1e-3, momentum=0.9))
     settings = dict(
-        model=build_restorer('edsr', num_blocks=3, mid_channels=4),
+        model=build_cifar_classifier(8),
         work_dir=str(work_dir),
         train_dataloader=loader,
         train_cfg=train_cfg,
@@ -88,7 +90,7 @@ def build_runner(work_dir, epochs=None, iters=None, workers=0, **overrides):
             resume=dict(type='ResumeHook'),
         ),
         custom_hooks=[dict(type='EMAHook')],
-        default_scope='mmagic',
+        default_scope='mmpretrain',
         randomness=dict(seed=0),
         resume=True,
         experiment_name=f'{work_dir}-{random.random()}',

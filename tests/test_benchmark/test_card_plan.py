@@ -5,6 +5,7 @@ import re
 
 import matplotlib.image
 import pytest
+from conftest import needs_mmagic
 from mmengine.config import Config
 from scripts import run_script
 
@@ -35,6 +36,8 @@ def errors(plan):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', SLOW)
 def test_needs_are_those_of_computed_steps(name):
+    if name == 'restorer':
+        needs_mmagic()
     check_needs(*SLOW[name])
 
 

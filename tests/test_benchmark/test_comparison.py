@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import needs_mmagic
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint
 from rich.console import Console
@@ -84,6 +85,7 @@ def test_options_of_an_entry_come_after_those_for_all():
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
+    needs_mmagic()  # whose models are trained on them
     return make_photos(tmp_path_factory.mktemp('data') / 'photos', scales=(2,))
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from man_mm.benchmark.scheme_costs import measure_schemes
 from man_mm.engine.config_files import load_config
 
+pytestmark = pytest.mark.usefixtures('mmagic')
 CONFIG = 'configs/man/edsr_x2_man_photos.py'
 SCHEMES = [
     'end-to-end',

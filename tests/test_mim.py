@@ -14,6 +14,7 @@ from tiny_data import tiny_fashion
 
 from man_mm.datasets.make_digits import make_digits
 from man_mm.datasets.make_photos import make_photos
+from man_mm.stack import find_distributions
 
 MIM = Path(sys.executable).with_name('mim')
 DEMO = 'configs/{}/retinanet_r18_{}demo.py'
@@ -45,6 +46,7 @@ def data_options(digits):
 
 
 def mim(command, config, work_dir, *options, args=(), package='mmdet', gpus=0):
+    package = next(iter(find_distributions(package)), package)
     parts = [MIM, command, package, config, '--gpus', gpus, '--work-dir', work_dir]
     done = subprocess.run(
         [*map(str, parts), *map(str, args), '--cfg-options', *options],

@@ -7,6 +7,7 @@ import warnings
 from importlib.metadata import version
 
 import pytest
+from packages import ON_FORKS
 from packaging.requirements import Requirement
 from test_package import BLOCK_IMPORTS, REQUIREMENTS, read_requirements, run_python
 
@@ -26,7 +27,6 @@ FORKS = dict(
     mmpretrain={'onedl-mmpretrain': '1.3.6'},
     mmagic={},
 )
-IS_FORK = 'onedl-mmengine' in stack.find_distributions('mmengine')
 
 
 def pip_would_install(wheel, extra=''):
@@ -42,13 +42,13 @@ def pip_would_install(wheel, extra=''):
 
 @pytest.mark.parametrize('extra', ['', '[det]', '[cls]'])
 def test_pip_installs_nothing_else(wheel, extra):
-    if IS_FORK:
+    if ON_FORKS:
         extra = extra.replace('[', '[onedl-')
     assert pip_would_install(wheel, extra) <= {'man-mm'}
 
 
 def test_the_extra_of_the_other_stack_would_pull_its_packages(wheel):
-    assert pip_would_install(wheel, '[det]' if IS_FORK else '[onedl-det]') is None
+    assert pip_would_install(wheel, '[det]' if ON_FORKS else '[onedl-det]') is None
 
 
 def test_no_list_names_both_stacks():
@@ -78,7 +78,7 @@ def version_is_allowed(requirement: Requirement, version: str) -> bool:
 
 def test_installed_packages_are_found_by_import_name():
     found = {name: stack.find_distributions(name) for name in stack.OLDEST}
-    expected = FORKS if IS_FORK else OFFICIAL
+    expected = FORKS if ON_FORKS else OFFICIAL
     assert {name: set(x) for name, x in found.items()} == {
         name: set(x) for name, x in expected.items()
     }

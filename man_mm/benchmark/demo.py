@@ -16,6 +16,7 @@ from rich.table import Table
 
 from man_mm.datasets.make_digits import make_digits
 from man_mm.engine.config_files import find_config, load_config
+from man_mm.stack import find_distributions
 from man_mm.version import __version__
 
 from .demo_pictures import draw_detections, plot_losses
@@ -48,7 +49,8 @@ def train(name: str, seed: int) -> tuple[Path, float]:
     command = [
         mim,
         'train',
-        'mmdet',
+        # Of the forks, mim knows the distribution: onedl-mmdetection.
+        next(iter(find_distributions('mmdet')), 'mmdet'),
         find_config(CONFIGS[name]),
         '--gpus',
         '0',

@@ -4,12 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from man_mm.stack import find_distributions
+
 ROOT = Path(__file__).resolve().parents[2]
 # What a package is built from.
 BUILT_FROM = ('man_mm', 'configs', 'tools', 'tests', 'requirements', 'benchmarks')
 BUILT_FROM += ('docs', 'examples', 'setup.py', 'pyproject.toml', 'MANIFEST.in')
 BUILT_FROM += ('Makefile', '.ci', 'model-index.yml', 'mkdocs.yml', 'README.md')
 BUILT_FROM += ('CHANGELOG.md', 'CITATION.cff', 'LICENSE')
+# Whether these are the maintained forks of OpenMMLab's packages.
+ON_FORKS = 'onedl-mmengine' in find_distributions('mmengine')
 
 
 def run_python(*args, cwd=ROOT):

@@ -32,9 +32,9 @@ class Noise(BaseMetric):
 class Jittered(Dataset):
     """Images, augmented with all three random generators."""
 
-    def __init__(self, size=6):
+    def __init__(self, batch_of, size):
         torch.manual_seed(0)
-        images = labelled_images(size, side=8)
+        images = batch_of(size, side=8)
         self.images = list(zip(images['inputs'], images['data_samples'], strict=True))
 
     def __len__(self):
@@ -47,7 +47,9 @@ class Jittered(Dataset):
         return dict(inputs=(image + 50 * shift).byte(), data_samples=sample.clone())
 
 
-def build_runner(work_dir, epochs=None, iters=None, workers=0, **overrides):
+def build_runner(
+    work_dir, epochs=None, iters=None, workers=0, batch_of=labelled_images, **overrides
+):
     """A runner with EMA, schedulers, validation and a best checkpoint."""
     loader = dict(
         batch_size=2,
@@ -56,7 +58,7 @@ def build_runner(work_dir, epochs=None, iters=None, workers=0, **overrides):
         sampler=dict(
             type='DefaultSampler' if epochs else 'InfiniteSampler', shuffle=True
         ),
-        dataset=Jittered(),
+        dataset=Jittered(batch_of, 6),
         collate_fn=dict(type='pseudo_collate'),
     )
     if epochs:
@@ -75,7 +77,7 @@ def build_runner(work_dir, epochs=None, iters=None, workers=0, **overrides):
         train_cfg=train_cfg,
         val_dataloader=dict(
             batch_size=2, sampler=dict(type='DefaultSampler', shuffle=False),
-            dataset=Jittered(2), collate_fn=dict(type='pseudo_collate'),
+            dataset=Jittered(batch_of, 2), collate_fn=dict(type='pseudo_collate'),
         ),
         val_cfg=dict(),
         val_evaluator=dict(type='Noise'),

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import LOCAL_LEARNING, build_classifier, build_restorer
+from conftest import LOCAL_LEARNING, build_cifar_classifier, build_classifier
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from short_runs import build_runner, different, last_checkpoint, train
@@ -51,7 +51,7 @@ def test_checkpoints_and_resuming(tmp_path):
             assert not different(whole[key], other[key], key), name
     early = torch.load(tmp_path / 'sharded/iter_2.pth', weights_only=True)
     assert different(whole['state_dict'], early['state_dict'])  # control
-    plain = build_restorer('edsr', num_blocks=3, mid_channels=4)
+    plain = build_cifar_classifier(8)
     assert list(plain.state_dict()) == list(whole['state_dict'])
     plain.load_state_dict(last_checkpoint(tmp_path / 'sharded')['state_dict'])
     sizes = [os.path.getsize(tmp_path / n / 'iter_4.pth') for n in ('ddp', 'sharded')]

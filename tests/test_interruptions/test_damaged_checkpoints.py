@@ -105,7 +105,7 @@ def old_format(path):
 
 
 def weight(checkpoint):
-    return checkpoint['state_dict']['generator.conv_first.weight']
+    return checkpoint['state_dict']['backbone.conv1.weight']
 
 
 def other_heads(checkpoint):
@@ -154,20 +154,20 @@ KINDS = {
         'resume with the partition and aux_head that it was trained with',
     ),
     'other model': (
-        content(lambda c: c['state_dict'].pop('generator.conv_first.bias')),
-        "is of another model: 1 of .* first 'generator.conv_first.bias'",
+        content(lambda c: c['state_dict'].pop('head.fc.bias')),
+        "is of another model: 1 of .* first 'head.fc.bias'",
     ),
     'other width': (
         content(
             lambda c: c['state_dict'].update(
-                {'generator.conv_first.weight': torch.zeros(9, 3, 3, 3)}
+                {'backbone.conv1.weight': torch.zeros(9, 3, 3, 3)}
             )
         ),
-        "another shape, first 'generator.conv_first.weight'",
+        "another shape, first 'backbone.conv1.weight'",
     ),
     'NaN': (
         content(lambda c: weight(c).fill_(torch.nan)),
-        "has NaN in 'generator.conv_first.weight': the training had diverged",
+        "has NaN in 'backbone.conv1.weight': the training had diverged",
     ),
     'other optimizer': (content(adam), 'is of another optimizer than SGD'),
     'fewer parameters': (

@@ -9,6 +9,7 @@ from conftest import (
     build_restorer,
     build_wrapper,
     detector_config,
+    image_pairs,
     train_restorer,
 )
 from mmengine.config import Config
@@ -116,7 +117,7 @@ def test_restorers_resume_bitwise(name):
 
 
 def test_a_restorer_that_drops_paths_at_random(tmp_path):
-    settings = dict(iters=4, custom_hooks=[])
+    settings = dict(iters=4, custom_hooks=[], batch_of=image_pairs)
     whole = train(tmp_path / 'whole', model=build_restorer('swinir'), **settings)
     train(tmp_path / 'stopped', 2, model=build_restorer('swinir'), **settings)
     resumed = train(tmp_path / 'stopped', model=build_restorer('swinir'), **settings)

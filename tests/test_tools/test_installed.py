@@ -1,4 +1,7 @@
-"""The tools of an installed package, by ``mim run man_mm NAME`` outside a clone."""
+"""The tools of an installed package, by ``mim run man_mm NAME`` outside a clone.
+
+On the forks, whose mim does not find them, by ``python -m man_mm NAME``.
+"""
 
 import os
 import re
@@ -7,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from packages import ROOT
+from packages import ON_FORKS, ROOT, run_python
 from scripts import TOOLS
 
-MIM = Path(sys.executable).with_name('mim')
+MIM = [Path(sys.executable).with_name('mim'), 'run', 'man_mm']
+MODULE = [sys.executable, '-m', 'man_mm']
 DEMO = 'configs/man/retinanet_r18_man_demo.py'  # one that is installed
 SIZE = ['--size', '64', '64', '--batch', '2']
 
@@ -21,7 +25,7 @@ def mim_run(installed, tmp_path):
     env = {**os.environ, 'PYTHONPATH': str(installed), 'OMP_NUM_THREADS': '1'}
 
     def run(name, *args, status=0):
-        command = [MIM, 'run', 'man_mm', name, *args]
+        command = [*(MODULE if ON_FORKS else MIM), name, *args]
         done = subprocess.run(
             [str(part) for part in command],
             cwd=tmp_path,
@@ -31,7 +35,8 @@ def mim_run(installed, tmp_path):
         )
         output = done.stdout + done.stderr
         assert (done.returncode == 0) == (status == 0), output[-3000:]
-        assert f'Use the script {installed}/man_mm/.mim/tools/' in output
+        if not ON_FORKS:
+            assert f'Use the script {installed}/man_mm/.mim/tools/' in output
         return output
 
     return run
@@ -73,6 +78,15 @@ def test_the_leaderboard_needs_a_clone(mim_run):
 def test_a_config_that_is_nowhere_is_named(mim_run):
     output = mim_run('plan_partition', 'no_such.py', '--num-modules', 2, status=1)
     assert "There is no config 'no_such.py', neither in" in output
+
+
+def test_the_module_runs_the_tools_of_the_clone(tmp_path):
+    numbers = ['--num-train', 2, '--num-val', 1, '--size', 64]
+    run_python('-m', 'man_mm', 'make_digits', '--out', tmp_path / 'digits', *numbers)
+    assert (tmp_path / 'digits/train').is_dir()
+    for name in ('no_such_tool', 'setup_env', '__main__'):
+        with pytest.raises(AssertionError, match='one of benchmark, '):
+            run_python('-m', 'man_mm', name)
 
 
 def test_every_tool_has_a_name_of_its_own():

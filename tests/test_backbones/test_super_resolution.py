@@ -255,6 +255,7 @@ def test_a_network_that_runs_otherwise_is_refused():
         probe(model, find_units(model))
 
 
+@pytest.mark.usefixtures('mmagic')
 def test_other_networks_are_refused_with_those_supported():
     init_default_scope('mmagic')
     model = nn.Module()

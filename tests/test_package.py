@@ -24,13 +24,12 @@ OPTIONAL = ('mmcv', 'mmdet', 'mmpretrain', 'mmagic')
 BLOCK_IMPORTS = """
 import sys
 from importlib.machinery import PathFinder
-class Blocker:  # what it blocks is not found, as if it were not installed
-    find_distributions = PathFinder.find_distributions
-
-    def find_spec(self, name, path=None, target=None):
+class Blocker(PathFinder):  # as if what it blocks were not installed
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         if name.partition('.')[0] not in {blocked!r}:
-            return PathFinder.find_spec(name, path, target)
-sys.meta_path[sys.meta_path.index(PathFinder)] = Blocker()
+            return super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Blocker
 """
 PRINT_MODULES = """
 import json

@@ -3,9 +3,9 @@
 from mmengine import registry as root
 
 from man_mm.core import CutPartition, StagePartition, UniformPartition
+from man_mm.interruptions.safe_loading import allow_safe_loading
 from man_mm.measure import BalancedPartition
 
-from . import compat
 from .amp import AmpLocalLearningOptimWrapper
 from .constructor import LocalLearningOptimWrapperConstructor, build_learner
 from .fully_sharded_model import FullyShardedModel
@@ -16,7 +16,7 @@ from .sharding_hook import ShardingHook
 
 for _partition in (StagePartition, UniformPartition, CutPartition, BalancedPartition):
     root.TASK_UTILS.register_module(module=_partition)
-compat.allow_safe_loading()
+allow_safe_loading()
 
 __all__ = [
     'AmpLocalLearningOptimWrapper',

@@ -15,6 +15,8 @@ from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
+from .safe_loading import allow_safe_loading
+
 KEY = 'man_mm'
 FORMAT = 2  # 1 held random states
 
@@ -38,6 +40,7 @@ def choose_checkpoint(runner: Runner) -> None:
         CheckpointError: If a named checkpoint cannot be used, or if there are
             checkpoints and none can be resumed.
     """
+    allow_safe_loading()
     named = runner._load_from
     found: list[Any] = [named, None]
     if dist.is_main_process():

@@ -13,6 +13,8 @@ from mmengine.registry import METRICS
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
+from man_mm.interruptions.safe_loading import allow_safe_loading
+
 KEYS = ('state_dict', 'ema_state_dict', 'optimizer', 'man_mm', 'param_schedulers')
 
 
@@ -144,6 +146,7 @@ def warnings_of(runner, kind='warning'):
 
 def last_checkpoint(work_dir):
     pointer = Path(work_dir, 'last_checkpoint')
+    allow_safe_loading()
     return torch.load(pointer.read_text(), weights_only=True)
 
 

@@ -18,7 +18,9 @@ def allow_safe_loading() -> None:
 
     mmengine stores log buffers (numpy arrays) and schedulers in checkpoints, and
     calls ``torch.load`` without ``weights_only``, which torch 2.6 turned on. The types
-    in them are allowed one by one.
+    in them are allowed one by one. To be called before a checkpoint is loaded:
+    onedl-mmengine, which allows them while it loads one, takes the permission away
+    afterwards.
     """
     if digit_version(torch.__version__) < digit_version('2.6'):
         return

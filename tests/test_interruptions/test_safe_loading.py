@@ -9,7 +9,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
-from man_mm.engine.compat import _method
+from man_mm.interruptions.safe_loading import _method, allow_safe_loading
 
 
 def load(content):
@@ -31,6 +31,15 @@ def test_what_mmengine_pickles_loads_safely():
     )
     history = loaded['message_hub']['log_scalars']['train/loss']
     assert isinstance(history, HistoryBuffer) and history.mean() == pytest.approx(7 / 3)
+
+
+def test_they_load_after_others_have_taken_the_permission_away():
+    with torch.serialization.safe_globals([HistoryBuffer, np.ndarray, np.dtype]):
+        pass  # as onedl-mmengine loads a checkpoint
+    with pytest.raises(pickle.UnpicklingError, match='HistoryBuffer'):
+        load(HistoryBuffer())
+    allow_safe_loading()
+    assert isinstance(load(HistoryBuffer()), HistoryBuffer)
 
 
 def test_other_attributes_are_refused():

@@ -75,10 +75,10 @@ def chunks(params: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 class Stepper:
     """Steps the parameters of modules, unless their gradients are not finite.
 
-    Whether they are is known on the device first, and reading it would make the host
-    wait. So a module is stepped in any case, a few parameters at a time, and where its
-    flag is false, parameters and state get their values back. The flags of all modules
-    are read at once, by `read`.
+    Whether they are is known on the device first, and unless that is the CPU, reading
+    it would make the host wait. So a module is stepped in any case, a few parameters at
+    a time, and where its flag is false, parameters and state get their values back. The
+    flags of all modules are read at once, by `read`.
 
     Args:
         optimizer: An optimizer that treats each element by itself, unless
@@ -135,7 +135,8 @@ class Stepper:
         """Steps parameters of a module if its flag is true; frees their gradients.
 
         A step that makes the state of a parameter waits for the flag: there is nothing
-        yet that could be given back.
+        yet that could be given back. So does any step on the CPU, where the flag is
+        known, and copies to undo a step would cost as much as the step itself.
 
         Args:
             name: Name of the module.
@@ -145,7 +146,7 @@ class Stepper:
         """
         flag = self._flags[name]
         known = [p in self._stateless or self._optimizer.state.get(p) for p in params]
-        if not all(known):
+        if _is_known(flag) or not all(known):
             if flag:
                 self.step(params)
             for param in params:
@@ -202,6 +203,11 @@ class _Kept:
             self._tensors,
             [part.view(t.shape) for part, t in zip(parts, self._tensors, strict=True)],
         )
+
+
+def _is_known(flag: Tensor) -> bool:
+    """Whether reading a flag makes nobody wait."""
+    return flag.device.type == 'cpu'
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -38,10 +38,29 @@ def step_if(stepper, layers, seed, flag):
     assert stepper.read() == {'module1': flag}
 
 
+@pytest.fixture
+def undoing(monkeypatch):
+    """Steps are undone, as on a GPU."""
+    monkeypatch.setattr(stepping, '_is_known', lambda flag: False)
+
+
+@pytest.mark.parametrize('kind', ELEMENTWISE)
+def test_a_step_on_the_cpu_is_that_of_the_optimizer_or_none(kind, monkeypatch):
+    def undo(*_):
+        raise AssertionError('On the CPU, nothing has to be undone.')
+
+    monkeypatch.setattr(stepping, '_Kept', undo)
+    check_steps(kind)
+
+
 @pytest.mark.parametrize('chunk', [2**24, 100])
 @pytest.mark.parametrize('kind', ELEMENTWISE)
-def test_a_step_is_that_of_the_optimizer_or_none(kind, chunk, monkeypatch):
+def test_a_step_is_that_of_the_optimizer_or_undone(kind, chunk, undoing, monkeypatch):
     monkeypatch.setattr(stepping, '_CHUNK_BYTES', chunk)
+    check_steps(kind)
+
+
+def check_steps(kind):
     layers, optimizer = build(kind)
     plain, control = build(kind)
     stepper = Stepper(optimizer)
@@ -113,7 +132,7 @@ def test_bytes_for_a_moment_are_those_of_a_part(weight_decay, monkeypatch):
 
 
 @pytest.mark.parametrize('options', [{}, dict(momentum=0.9)])
-def test_only_the_first_step_reads_its_flag(options, monkeypatch):
+def test_only_the_first_step_reads_its_flag(options, undoing, monkeypatch):
     layers, optimizer = build(torch.optim.SGD, **options)
     stepper, reads = Stepper(optimizer), []
     read = torch.Tensor.__bool__

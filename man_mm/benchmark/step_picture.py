@@ -37,7 +37,7 @@ LOSS_COLOUR = '0.25'
 def draw(records: dict, path: Path) -> None:
     """Draws the recorded steps, one above the other, on the same axes."""
     steps = records['steps']
-    figure = Figure(figsize=(8, 1 + 2.7 * len(steps)), layout='constrained')
+    figure = Figure(figsize=(8, 2.6 + 1.9 * len(steps)), layout='constrained')
     panels = figure.subplots(len(steps), 1, sharex=True, sharey=True, squeeze=False)
     panels = panels.ravel()
     top = max(m[1] for moments in steps.values() for m in moments) / MIB

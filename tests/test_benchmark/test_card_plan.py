@@ -17,7 +17,7 @@ from man_mm.engine.config_files import load_config
 from man_mm.measure import uncomputed
 
 GIB = 2**30
-DEMO, SIZE, BATCH = 'configs/man/retinanet_r18_man_demo.py', (64, 96), 2
+CONFIG, SIZE, BATCH = 'configs/man/retinanet_r18_man_scenes.py', (64, 96), 2
 SLOW = {
     'classifier': ('configs/man/resnet32_k4_man_fashion.py', (14, 14), 16),
     'faster_rcnn': ('configs/man/faster_rcnn_r18_man_scenes.py', (96, 128), 2),
@@ -58,7 +58,7 @@ def test_an_op_that_is_forgotten_is_an_error(monkeypatch):
 
     monkeypatch.setattr(uncomputed, '_zeros_like', half)
     with pytest.raises((AssertionError, RuntimeError)):
-        check_needs(DEMO, SIZE, BATCH)
+        check_needs(CONFIG, SIZE, BATCH)
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_the_smallest_card_leaves_room_for_what_is_no_tensor():
 
 def test_the_tool_writes_config_picture_and_record(tmp_path, capsys):
     out, picture, record = (tmp_path / x for x in ('new.py', 'a.png', 'b.json'))
-    arguments = [DEMO, '--size', *SIZE, '--batch', BATCH, '--out', out]
+    arguments = [CONFIG, '--size', *SIZE, '--batch', BATCH, '--out', out]
     arguments += ['--picture', picture, '--record', record, '--check']
     run_script('plan_partition', *arguments)
     shown = capsys.readouterr().out
@@ -178,7 +178,7 @@ def test_stock_configs_get_local_learning(tmp_path, capsys):
 )
 def test_what_cannot_be_asked_is_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit, match=message):
-        run_script('plan_partition', DEMO, '--size', 32, 32, *arguments)
+        run_script('plan_partition', CONFIG, '--size', 32, 32, *arguments)
     capsys.readouterr()
 
 

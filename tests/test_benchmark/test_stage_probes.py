@@ -10,7 +10,7 @@ from scripts import run_script
 from man_mm.benchmark import stage_probes as tool
 
 STAGES = [f'backbone.layer{stage}' for stage in (1, 2, 3, 4)]
-DETECTOR = 'configs/end_to_end/retinanet_r18_demo.py'
+DETECTOR = 'configs/end_to_end/retinanet_r34_demo.py'
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from packages import ROOT
 from scripts import TOOLS
 
 MIM = Path(sys.executable).with_name('mim')
-DEMO = 'configs/man/retinanet_r18_man_demo.py'  # one that is installed
+DEMO = 'configs/man/retinanet_r34_man_demo.py'  # one that is installed
 SIZE = ['--size', '64', '64', '--batch', '2']
 
 

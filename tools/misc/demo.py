@@ -2,11 +2,11 @@
 
     mim run man_mm demo [--seed 0]
 
-Makes the digits data set; measures memory and time of a training step end to end, with
-the strongest exact checkpointing, and by joint and local steps; trains the same RetinaNet
+Makes the digits data set; measures memory and time of a step of end-to-end training,
+of the strongest exact checkpointing, and of joint and local steps; trains a RetinaNet
 end to end, by joint steps, by local ones, and by local ones that go over to joint ones;
 and ends with a table, what it means, and pictures in ``work_dirs/demo``. Takes about
-ten minutes on two CPU cores. A demo that was stopped goes on from where it was.
+ten minutes on two CPU cores. A demo that was stopped goes on where it was.
 """
 
 import argparse

@@ -29,7 +29,7 @@ CONFIG = 'configs/man/retinanet_r34_man_demo.py'
 WORK_DIR = Path('work_dirs/demo')
 SIZE = 96  # pixels, of the images of make_digits
 REPEATS = 7
-DIAL = 0.5  # share of the training with local steps, before joint ones
+DIAL = 0.5  # of the mixed training, after which local steps give way to joint ones
 _MAP, _AP50 = 'coco/bbox_mAP', 'coco/bbox_mAP_50'
 
 
@@ -72,9 +72,7 @@ def trainings() -> list[ComparedConfig]:
         ComparedConfig(END_TO_END, PLAIN),
         ComparedConfig(JOINT, CONFIG, (f'{dial}=0.0', weight)),
         ComparedConfig(LOCAL, CONFIG),
-        ComparedConfig(
-            f'{LOCAL}, then {JOINT}', CONFIG, (f'{dial}={1 - DIAL}', weight)
-        ),
+        ComparedConfig(f'{LOCAL}, then {JOINT}', CONFIG, (f'{dial}={DIAL}', weight)),
     ]
 
 
@@ -118,10 +116,8 @@ def run_demo(seed: int, console: Console) -> list[Path]:
     console.rule('4 of 4: results')
     draw_comparison(results, pictures[1])
     last = runs[-1].work_dir / 'last_checkpoint'
-    draw_detections(
-        find_config(PLAIN), Path(last.read_text().strip()), runs[-1].entry.name,
-        pictures[2],
-    )  # fmt: skip
+    checkpoint, name = Path(last.read_text().strip()), runs[-1].entry.name
+    draw_detections(find_config(PLAIN), checkpoint, name, pictures[2])
     costs = summarise(compared, records, results)
     console.print(make_table(costs, f'{Path(CONFIG).stem}, seed {seed}'))
     console.print('\n'.join(conclusions(costs)), highlight=False)
@@ -206,9 +202,9 @@ def conclusions(costs: Sequence[dict]) -> list[str]:
         gain = f'{row["mAP"] - plain["mAP"]:+.3f} mAP'
         lines.append(f'{row["name"].capitalize()}: {gain}, {_cost(row)}.')
     lines.append(
-        'Local steps save time beside memory, joint ones accuracy; end_to_end_from says '
-        'when a training goes over from the first to the second. This is one seed and a '
-        'few minutes of training, so a point of mAP more or less is chance.'
+        'Local steps save time beside memory, joint ones accuracy; end_to_end_from '
+        'says when a training goes over from the first to the second. This is one seed '
+        'and a few minutes of training: a point of mAP more or less is chance.'
     )
     return lines
 

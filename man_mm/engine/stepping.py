@@ -135,8 +135,7 @@ class Stepper:
         """Steps parameters of a module if its flag is true; frees their gradients.
 
         A step that makes the state of a parameter waits for the flag: there is nothing
-        yet that could be given back. So does any step on the CPU, where the flag is
-        known, and copies to undo a step would cost as much as the step itself.
+        yet that could be given back.
 
         Args:
             name: Name of the module.
@@ -146,7 +145,7 @@ class Stepper:
         """
         flag = self._flags[name]
         known = [p in self._stateless or self._optimizer.state.get(p) for p in params]
-        if _is_known(flag) or not all(known):
+        if not all(known):
             if flag:
                 self.step(params)
             for param in params:
@@ -162,11 +161,18 @@ class Stepper:
                 together.append(param)
         if together:
             self._step_or_undo(name, together, partial(self.step, together))
+            for param in together:  # of a step that was left out
+                param.grad = None
 
     def _step_or_undo(
         self, name: str, params: Sequence[nn.Parameter], step: Callable[[], Any]
     ) -> None:
-        flag, tensors = self._flags[name], self._tensors(params)
+        flag = self._flags[name]
+        if _is_known(flag):  # copies to undo a step would take as long as the step
+            if flag:
+                step()
+            return
+        tensors = self._tensors(params)
         here = [tensor for tensor in tensors if tensor.device == flag.device]
         undo = [_Kept(group) for group in _groups(here)]
         self._elsewhere += [

@@ -187,7 +187,7 @@ def test_what_is_known_of_gpus_is_told():
     assert known == 3.8  # GB, two images of 800 x 1333
     assert published_memory('mmdet::retinanet/no_such_config.py') is None
     assert published_memory('mmpretrain::resnet/resnet18_8xb16_cifar10.py') is None
-    assert published_memory(DEMO) is None
+    assert published_memory(CONFIG) is None
 
 
 def test_crowded_images_need_more():

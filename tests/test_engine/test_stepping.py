@@ -50,7 +50,9 @@ def test_a_step_on_the_cpu_is_that_of_the_optimizer_or_none(kind, monkeypatch):
         raise AssertionError('On the CPU, nothing has to be undone.')
 
     monkeypatch.setattr(stepping, '_Kept', undo)
+    parts = spy_on_parts(monkeypatch, 500)
     check_steps(kind)
+    assert parts  # that are not undone either
 
 
 @pytest.mark.parametrize('chunk', [2**24, 100])
@@ -77,9 +79,9 @@ def check_steps(kind):
 
 @pytest.mark.parametrize('nbytes', [64, 500])
 @pytest.mark.parametrize('kind', ELEMENTWISE)
-def test_large_parameters_are_stepped_in_parts(kind, nbytes, monkeypatch):
+def test_large_parameters_are_stepped_in_parts(kind, nbytes, undoing, monkeypatch):
     parts = spy_on_parts(monkeypatch, nbytes)
-    test_a_step_is_that_of_the_optimizer_or_none(kind, 2**24, monkeypatch)
+    check_steps(kind)
     # A row of the first convolution has 108 bytes, of the second 32.
     rows = [4, 4] if nbytes == 500 else [*(8 * [1]), 2, 2]
     assert [len(part) for part in parts[: len(rows)]] == rows
@@ -89,9 +91,7 @@ def test_a_part_that_keeps_no_state_would_differ(monkeypatch):
     monkeypatch.setattr(optimizers, '_is_split_like', lambda value, param: False)
     spy_on_parts(monkeypatch, 500)
     with pytest.raises((AssertionError, RuntimeError)):
-        test_a_step_is_that_of_the_optimizer_or_none(
-            torch.optim.Adam, 2**24, monkeypatch
-        )
+        check_steps(torch.optim.Adam)
 
 
 def spy_on_parts(monkeypatch, nbytes):
@@ -108,7 +108,7 @@ def spy_on_parts(monkeypatch, nbytes):
 
 
 @pytest.mark.parametrize('weight_decay', [0, 0.1])
-def test_bytes_for_a_moment_are_those_of_a_part(weight_decay, monkeypatch):
+def test_bytes_for_a_moment_are_those_of_a_part(weight_decay, undoing, monkeypatch):
     layer = nn.Linear(1000, 1000, bias=False)
     optimizer = torch.optim.SGD(
         layer.parameters(), lr=0.1, momentum=0.9, weight_decay=weight_decay

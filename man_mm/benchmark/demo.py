@@ -202,9 +202,11 @@ def conclusions(costs: Sequence[dict]) -> list[str]:
         gain = f'{row["mAP"] - plain["mAP"]:+.3f} mAP'
         lines.append(f'{row["name"].capitalize()}: {gain}, {_cost(row)}.')
     lines.append(
-        'Local steps save time beside memory, joint ones accuracy; end_to_end_from '
-        'says when a training goes over from the first to the second. This is one seed '
-        'and a few minutes of training: a point of mAP more or less is chance.'
+        'Exact and joint steps run every module twice, for the gradient of end-to-end '
+        'training; local steps run it once, each with a loss of its own. '
+        'end_to_end_from sets where in a training local steps give way to joint ones. '
+        'This is one seed and a few minutes of training: a point or two of mAP more or '
+        'less are chance.'
     )
     return lines
 

@@ -251,7 +251,6 @@ def test_results_on_cuda_have_bytes_of_the_allocator(root):
         (['add', f'benchmarks/results/{STEP}', '--set', 'batch=9'], 'says itself what'),
         (['add', f'benchmarks/results/{STEP}', '--set', 'batch'], 'write KEY=VALUE'),
         (['add', f'benchmarks/results/{STEP}', '--set', 'colour=1'], 'unexpected'),
-        (['add', 'benchmarks/results/digits_seed0.json'], 'has accuracy only'),
         (
             ['add', 'benchmarks/results/alone'],
             "'end-to-end' was not measured beside it",
@@ -260,13 +259,12 @@ def test_results_on_cuda_have_bytes_of_the_allocator(root):
         (['add', 'task.json'], "task: 'golf' is not one of"),
     ],
 )
-def test_what_cannot_be_added_is_refused(root, request, capsys, arguments, message):
+def test_what_cannot_be_added_is_refused(root, capsys, arguments, message):
     for name in ('outside', 'benchmarks/results/empty', 'benchmarks/results/other'):
         Path(name).mkdir()
     shutil.copytree(RESULTS / STEP, RESULTS / 'alone')
     (RESULTS / 'alone/end-to-end.json').unlink()
     (RESULTS / 'other/a.json').write_text('{"a": 1}')
-    shutil.copy(request.config.rootpath / RESULTS / 'digits_seed0.json', RESULTS)
     Path('bad.json').write_text('{"kind": "reported", "task": "detection"}')
     Path('task.json').write_text('{"kind": "reported", "task": "golf"}')
     before = {path: path.read_text() for path in read_entries(root)}

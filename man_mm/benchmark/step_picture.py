@@ -10,11 +10,19 @@ from matplotlib.patches import Patch
 
 from .records import MIB
 
-SCHEMES = ('end-to-end', 'local')
 TITLES = {
     'end-to-end': (
         'End-to-end',
         'Activations of all modules wait for the one backward pass at the end.',
+    ),
+    'exact': (
+        'Exact steps',
+        'Modules run without activations; from the last to the first, each runs again '
+        'and is back-propagated.',
+    ),
+    'joint': (
+        'Joint steps',
+        'Exact steps, to which each module adds its own loss with a small weight.',
     ),
     'local': (
         'Local learning',
@@ -28,9 +36,10 @@ LOSS_COLOUR = '0.25'
 
 def draw(records: dict, path: Path) -> None:
     """Draws the recorded steps, one above the other, on the same axes."""
-    figure = Figure(figsize=(8, 6.4), layout='constrained')
-    panels = figure.subplots(len(SCHEMES), 1, sharex=True, sharey=True)
     steps = records['steps']
+    figure = Figure(figsize=(8, 2.6 + 1.9 * len(steps)), layout='constrained')
+    panels = figure.subplots(len(steps), 1, sharex=True, sharey=True, squeeze=False)
+    panels = panels.ravel()
     top = max(m[1] for moments in steps.values() for m in moments) / MIB
     for panel, (scheme, moments) in zip(panels, steps.items(), strict=True):
         _draw_step(panel, moments)

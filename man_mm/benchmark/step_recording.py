@@ -16,9 +16,10 @@ from man_mm.measure.memory import measure_memory
 from man_mm.measure.synthetic_batch import synthetic_batch
 
 from .records import versions
-from .schemes import parse_scheme, scheme_config
+from .schemes import END_TO_END, LOCAL, parse_scheme, scheme_config
 from .training_steps import build_model, build_wrapper
 
+SCHEMES = (END_TO_END, LOCAL)
 _DETAIL = 0.002  # of the peak; smaller changes are not stored
 
 
@@ -113,14 +114,15 @@ def thinned(moments: list[tuple], peak: int) -> list[tuple]:
     return [*kept, moments[-1]]
 
 
-def record_both(
+def record_steps(
     config: str,
     size: Sequence[int],
     batch: int,
     num_modules: int | None = None,
     options: Sequence[str] = (),
+    schemes: Sequence[str] = SCHEMES,
 ) -> dict:
-    """Records a step of end-to-end training and one of local learning.
+    """Records a step of each of several schemes.
 
     Args:
         config: Path of a config that is trained by local learning.
@@ -128,18 +130,24 @@ def record_both(
         batch: Images in the step.
         num_modules: Modules of equal memory. Defaults to the cuts of the config.
         options: Settings that override the config, each ``KEY=VALUE``.
+        schemes: Some of ``'end-to-end'``, ``'exact'``, ``'joint'`` and ``'local'``.
+            Defaults to end-to-end training and local learning.
 
     Returns:
-        The moments of both, as ``steps``, the cuts, and what was asked for.
+        The moments of all, as ``steps``, the cuts, and what was asked for.
     """
     cfg = load_config(config, options)
     shape = (batch, 3, *size)
-    scheme = f'local+K={num_modules}' if num_modules else 'local'
-    local, modules = record_step(cfg, scheme, shape)
-    plain, _ = record_step(cfg, 'end-to-end', shape, modules)
+    ending = f'+K={num_modules}' if num_modules else ''
+    local, modules = record_step(cfg, LOCAL + ending, shape)
+    steps = dict.fromkeys(schemes, local)
+    for scheme in steps.keys() - {LOCAL}:
+        name = scheme if scheme == END_TO_END else scheme + ending
+        steps[scheme], _ = record_step(cfg, name, shape, modules)
     command = ['mim', 'run', 'man_mm', 'draw_step', config]
     command += ['--size', *map(str, size), '--batch', str(batch)]
     command += ['--num-modules', str(num_modules)] if num_modules else []
+    command += ['--schemes', *schemes] if tuple(schemes) != SCHEMES else []
     command += ['--cfg-options', *options] if options else []
     return dict(
         config=config,
@@ -148,5 +156,5 @@ def record_both(
         cuts=[module.cut for module in modules[:-1]],
         versions=versions(),
         command=shlex.join(command),
-        steps={'end-to-end': plain, 'local': local},
+        steps=steps,
     )

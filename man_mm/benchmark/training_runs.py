@@ -31,6 +31,7 @@ from .training_steps import build_model, build_wrapper, cut_names
 
 _NO_METRICS = {'data_time', 'time', 'step', 'epoch', 'iter', 'memory'}
 _POINTS = 100  # of a stored curve
+_LONG = 10**6  # iterations, so that no share of them is done
 _TAIL = 30  # lines of a log that failed
 _MEASURING = threading.Lock()  # tracing a model patches torch for all threads
 
@@ -264,6 +265,11 @@ def _result(run: Run, threads: int) -> dict:
     )
 
 
+def _measured(model, wrapper, batch: dict, learner):
+    model.train_step(batch, wrapper)  # makes the optimizer's state
+    return measure_memory(lambda: model.train_step(batch, wrapper), learner=learner)
+
+
 def _measure_step(cfg: Config) -> dict:
     """What a training step on a batch of the data set is like, on the CPU.
 
@@ -275,11 +281,13 @@ def _measure_step(cfg: Config) -> dict:
         batch = next(iter(Runner.build_dataloader(loader, seed=0)))
         model = build_model(cfg.model)
         wrapper = build_wrapper(model, cfg)
-        model.train_step(batch, wrapper)  # makes the optimizer's state
+        wrapper.initialize_count_status(model, 0, _LONG)
         learner = getattr(wrapper, 'learner', None)
-        report = measure_memory(
-            lambda: model.train_step(batch, wrapper), learner=learner
-        )
+        report = _measured(model, wrapper, batch, learner)
+        if learner and wrapper.dial.share and len(learner.modules) > 1:
+            wrapper.dial.turn()  # the training has steps of both kinds
+            after = _measured(model, wrapper, batch, learner)
+            report = max(report, after, key=lambda report: report.peak)
     sizes = {tuple(image.shape[-2:]) for image in batch['inputs']}
     return dict(
         peak_bytes=report.peak,

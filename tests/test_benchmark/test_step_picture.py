@@ -6,7 +6,7 @@ import pytest
 
 from man_mm.benchmark.scheme_costs import measure_schemes
 from man_mm.benchmark.step_picture import draw
-from man_mm.benchmark.step_recording import record_step, thinned
+from man_mm.benchmark.step_recording import record_step, record_steps, thinned
 from man_mm.engine.config_files import load_config
 
 CONFIG = 'configs/man/resnet18_man_imagenet.py'
@@ -48,6 +48,18 @@ def test_thinning_keeps_peak_changes_of_phase_and_the_end():
     moments = [(0.0, 9999, *a), (0.1, 10000, *a), (0.2, 9999, *a), (0.3, 9999, *b)]
     kept = thinned([*moments, (0.4, 9999, *b)], 10000)
     assert kept == [*moments[:2], moments[3], (0.4, 9999, *b)]
+
+
+def test_exact_steps_run_forward_first_then_each_module_again(tmp_path):
+    records = record_steps(CONFIG, SIZE, BATCH, schemes=('local', 'exact'))
+    assert list(records['steps']) == ['local', 'exact']
+    steps = [step for step in phases(records['steps']['exact']) if step[1] != 'loss']
+    again = [(i, phase) for i in (2, 1, 0) for phase in ('forward', 'backward')]
+    forward = [(i, 'forward') for i in range(4)]
+    assert steps[:4] == forward
+    assert steps[-6:] == again
+    draw(records, tmp_path / 'steps.png')
+    assert (tmp_path / 'steps.png').is_file()
 
 
 def test_picture(steps, tmp_path):

@@ -1,8 +1,9 @@
 """Draw the memory of one training step over time: ``mim run man_mm draw_step``.
 
-Trains a config's model for one step end to end and one by local learning, records the
-bytes of all live tensors after each operation, and draws both, one above the other:
-which module is running, its forward pass, its loss, its backward pass and update.
+Trains a config's model for a step of each scheme, end to end and by local learning
+unless told otherwise, records the bytes of all live tensors after each operation, and
+draws the steps, one above the other: which module is running, its forward pass, its
+loss, its backward pass and update.
 Bytes are counted above the start of the step, as by `benchmark`, and repeat
 exactly. Time is the share of the step that has passed, on the machine that measured it,
 while bytes are counted; steps are compared in time by `benchmark`.
@@ -12,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from man_mm.benchmark.step_picture import draw
-from man_mm.benchmark.step_recording import record_both
+from man_mm.benchmark.step_picture import TITLES, draw
+from man_mm.benchmark.step_recording import SCHEMES, record_steps
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,6 +38,13 @@ def parse_args() -> argparse.Namespace:
         metavar='K',
         help=('number of modules of balanced memory; default: the cuts of the config'),
     )
+    parser.add_argument(
+        '--schemes',
+        nargs='+',
+        choices=list(TITLES),
+        default=SCHEMES,
+        help='kinds of steps to draw, from top to bottom',
+    )
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
     parser.add_argument(
         '--out', type=Path, help='JSON file to write the measurements to'
@@ -56,8 +64,13 @@ def main() -> None:
     if args.source:
         records = json.loads(args.source.read_text())
     else:
-        records = record_both(
-            args.config, args.size, args.batch, args.num_modules, args.cfg_options
+        records = record_steps(
+            args.config,
+            args.size,
+            args.batch,
+            args.num_modules,
+            args.cfg_options,
+            args.schemes,
         )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,14 +13,11 @@ from man_mm.core import Unit
 from man_mm.core.local_losses import ENTRY
 
 from .discovery import discover_units
-from .images import black_image, evaluating, largest_window
+from .images import black_image, evaluating, trial_sides
 
 UnitsFn = Callable[[nn.Module], list[Unit]]
 
 ADAPTERS: dict[str, UnitsFn] = {}  # by the name of a backbone class
-_SIZE = 64  # pixels of the image with which a network is probed
-_SIZES = (_SIZE, 224, 299)  # for networks without an adapter, which may want more
-_STRIDE = 32  # of the coarsest map of any family
 _LARGE = 256  # pixels of an image that leaves two locations on the coarsest level
 _SEVERAL_PATHS = ('DetectoRS_ResNet', 'HourglassNet', 'HRNet', 'TridentResNet')
 
@@ -111,7 +108,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     if adapter is None and place == 'backbone':
         adapter = _discover
     units = adapter(backbone) if adapter else []
-    if not units:
+    if len(units) < 2 and adapter in (None, _discover):
         raise ValueError(
             f'model.{place} is a {name}, which local learning cannot cut yet: it was '
             f'not found to hand on one map from block to block. {supported} Write an '
@@ -130,7 +127,7 @@ def find_units(model: nn.Module) -> list[Unit]:
 
 def _discover(backbone: nn.Module) -> list[Unit]:
     """The units of a network without an adapter; none if it takes no such images."""
-    for size in _SIZES:
+    for size in trial_sides(backbone):
         with suppress(RuntimeError, ValueError, AssertionError), evaluating(backbone):
             return discover_units(backbone, black_image(backbone, size))
     return []
@@ -180,7 +177,6 @@ def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
         (3, 64, 4)
     """
     _, backbone = find_backbone(model)
-    size = max(_SIZE, _STRIDE * largest_window(backbone))
     inputs: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
     calls: dict[str, list[tuple[tuple, Any]]] = {unit.name: [] for unit in units}
     handles = []
@@ -195,19 +191,28 @@ def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
         start = model.get_submodule(unit.parts[0])
         handles.append(start.register_forward_pre_hook(enter))
         handles.append(model.get_submodule(unit.name).register_forward_hook(record))
+    failures: dict[int, Exception] = {}
     try:
-        with evaluating(backbone):
-            backbone(black_image(backbone, size))
-    except Exception as error:
-        if not calls[units[-1].name]:
-            raise ValueError(
-                f'{type(backbone).__name__} was run on a black image of {size}×{size} '
-                'pixels, to learn the shapes of its maps, and failed before the last '
-                f'unit, {units[-1].name!r}: {error}'
-            ) from error
+        for size in trial_sides(backbone):
+            try:
+                with evaluating(backbone):
+                    backbone(black_image(backbone, size))
+            except Exception as error:
+                failures[size] = error
+            if calls[units[-1].name]:
+                break
+            for records in (*inputs.values(), *calls.values()):
+                records.clear()
     finally:
         for handle in handles:
             handle.remove()
+    if not calls[units[-1].name]:
+        size = next(iter(failures), size)
+        raise ValueError(
+            f'{type(backbone).__name__} was run on a black image of {size}×{size} '
+            'pixels, to learn the shapes of its maps, and failed before the last '
+            f'unit, {units[-1].name!r}: {failures.get(size)}'
+        ) from failures.get(size)
 
     def tap(name: str, stage: int, map_: Tensor) -> Tap:
         return Tap(name, stage, map_.shape[1], size // map_.shape[3])
@@ -217,7 +222,7 @@ def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
     for unit in units:
         runs, entered = calls[unit.name], inputs[unit.name]
         once = len(runs) == 1 and len(entered) == 1
-        chained = once and (not taps or entered[0] is previous)
+        chained = once and (not taps or unit.gaps or entered[0] is previous)
         if not (chained and isinstance(runs[0][1], Tensor)):
             raise ValueError(
                 f'{type(backbone).__name__} cannot be cut around {unit.name!r}: it is '
@@ -240,7 +245,7 @@ def find_outputs(model: nn.Module, behind_neck: bool = False) -> list[Tap]:
         One tap a map, in order, whose names and stages are its places in it.
     """
     _, backbone = find_backbone(model)
-    size = max(_LARGE, _STRIDE * largest_window(backbone))
+    size = max(_LARGE, trial_sides(backbone)[0])
     network = model.extract_feat if behind_neck else backbone
     with evaluating(model):
         maps = network(black_image(backbone, size))

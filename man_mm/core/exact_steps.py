@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .between import Between
 from .checkpointing import check_cut
 from .front import Front
 from .gradient_relay import caught, injected
@@ -69,6 +70,7 @@ class ExactSteps:
         self._grads: dict[str, Tensor] = {}
         self._frozen: Maps = {}
         self._front: Front | None = None
+        self._gap: Between | None = None
 
     @contextmanager
     def step(self, targets: Any = None) -> Iterator[None]:
@@ -132,6 +134,9 @@ class ExactSteps:
 
     def forget(self) -> None:
         """Ends a step, replayed or not."""
+        if self._gap is not None:
+            self._gap.stop()
+            self._gap = None
         self._runs = []
         self._next = None
         self._front = None
@@ -165,10 +170,14 @@ class ExactSteps:
                 return forward(x, *args, **kwargs)
             self._next = next(self._order, None)
             self.under_way = run.module
+            gap, self._gap = self._gap, None
+            if gap is not None:
+                gap.stop(x)
             if run is self._runs[0] and part == run.parts[0] and x.requires_grad:
                 self._front = Front(x, self._front_owner(), self._grads)
-            output = run.first(forward, x, *args, **kwargs)
+            output = run.first(gap, forward, x, *args, **kwargs)
             if part not in run.ends:
+                self._expect_gap(output)
                 return output
             check_cut(part, output)
             if self.learner.observer is not None:
@@ -176,9 +185,17 @@ class ExactSteps:
             if self.weight and not run.module.is_last:
                 map_ = run.as_map(part, output)
                 self.learner.remember(run.module, {part: map_})
-            return caught(output, part, self._grads)
+            output = caught(output, part, self._grads)
+            self._expect_gap(output)
+            return output
 
         return call
+
+    def _expect_gap(self, output: Any) -> None:
+        """Records what the network computes in front of the next part, if anything."""
+        if self._next is not None and self._next[0].has_gap(self._next[1]):
+            self._gap = Between(output[0] if isinstance(output, tuple) else output)
+            self._gap.start()
 
     def _front_owner(self) -> LocalModule:
         first, last = self.learner.modules[0], self.learner.modules[-1]

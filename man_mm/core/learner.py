@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bank import MemoryBank
+from .between import Branch
 from .checkpointing import check_cut, checkpoints_itself, recomputed, require_grad
 from .compressed_activations import CompressedActivations
 from .entry import Entry
@@ -145,7 +146,6 @@ class LocalLearner:
         self.bank_bytes = 0
         self.observer: Observer | None = None
         self._own: Maps = {}
-        self._outputs: Maps = {}
         self._shared: dict[int, dict] = {}
         self._is_followed = False
 
@@ -229,7 +229,6 @@ class LocalLearner:
         """Ends a step: nothing of its batch is kept."""
         self.targets = None
         self._own.clear()
-        self._outputs.clear()
         self._shared.clear()
         if self.bank is not None:
             self.bank.clear()
@@ -265,36 +264,31 @@ class LocalLearner:
         self, module: LocalModule, backward: Backward, stack: ExitStack
     ) -> None:
         for unit, following in branches(module):
+            branch = Branch(following.gaps)
+            leave, rejoin = self._hooks(unit, branch)
             end = self.model.get_submodule(unit.name)
             start = self.model.get_submodule(following.parts[0])
-            branch, rejoin = self._branch(unit), self._rejoin(unit)
-            stack.callback(end.register_forward_hook(branch).remove)
+            stack.callback(branch.forget)
+            stack.callback(end.register_forward_hook(leave).remove)
             hook = start.register_forward_pre_hook(rejoin, prepend=True)
             stack.callback(hook.remove)
 
         def cut(_submodule: nn.Module, args: tuple, output: Tensor) -> Tensor:
             self._keep_map(module.units[-1], args, output)
-            self._outputs.clear()
             return self._cut(module, backward, output)
 
         end = self.model.get_submodule(module.cut)
         stack.callback(end.register_forward_hook(cut).remove)
 
-    def _branch(self, unit: Unit):
-        # Other readers, such as necks, get it detached, since its graph is gone when
-        # they are back-propagated. The next unit gets it back with graph.
-        def hook(_submodule: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            self._outputs[unit.name] = output
+    def _hooks(self, unit: Unit, branch: Branch):
+        def leave(_submodule: nn.Module, args: tuple, output: Tensor) -> Tensor:
             self._keep_map(unit, args, output)
-            return output.detach()
+            return branch.leave(output)
 
-        return hook
+        def rejoin(_submodule: nn.Module, args: tuple) -> tuple:
+            return branch.rejoin(args[0]), *args[1:]
 
-    def _rejoin(self, unit: Unit):
-        def hook(_submodule: nn.Module, args: tuple) -> tuple:
-            return self._outputs.pop(unit.name), *args[1:]
-
-        return hook
+        return leave, rejoin
 
     def _keep_map(self, unit: Unit, args: tuple, output: Tensor) -> None:
         is_map = not isinstance(output, Tensor)

@@ -29,6 +29,8 @@ class Unit:
         as_map: From the output and the arguments of the submodule ``name`` to a map
             ``(N, C, H, W)`` without a copy, for units that output something else,
             such as tokens.
+        gaps: Whether the network computes something outside of submodules between
+            the parts, or in front of the first one.
 
     Examples:
         >>> from man_mm import Unit
@@ -45,6 +47,7 @@ class Unit:
     params: tuple[str, ...] = ()
     read_elsewhere: bool = False
     as_map: Callable[[Tensor, tuple], Tensor] | None = None
+    gaps: bool = False
 
     def __post_init__(self) -> None:
         if not self.parts:

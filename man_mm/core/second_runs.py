@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .between import Between
 from .checkpointing import statistics_kept
 from .micro_batches import slices_of, write_slices
 from .partition import LocalModule, outlets
@@ -17,11 +18,19 @@ from .random_states import RandomState, random_state_kept
 
 @dataclass(frozen=True)
 class _Call:
-    """How the network called a part: what it takes beside a map, and random states."""
+    """How the network called a part.
+
+    Attributes:
+        args: What the part takes beside a map.
+        kwargs: Likewise.
+        states: Random states, one a slice.
+        gap: What was computed in front of it, outside of submodules.
+    """
 
     args: tuple
     kwargs: dict[str, Any]
     states: tuple[RandomState, ...]
+    gap: Between | None
 
 
 class SecondRun:
@@ -41,7 +50,8 @@ class SecondRun:
             that belong to no part, such as a position embedding.
         ends: Names of the parts whose outputs the network or a head needs.
         size: Images that run through a part at a time; None for all.
-        x: What entered the first of ``parts`` in the first run ``(N, ...)``.
+        x: What entered the first of ``parts`` in the first run ``(N, ...)``, or what
+            the module before it returned if there is a gap in between.
     """
 
     def __init__(
@@ -62,17 +72,21 @@ class SecondRun:
         count = len(self.x)
         return slices_of(count, self.size or count)
 
-    def first(self, forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def first(
+        self, gap: Between | None, forward: Forward, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """Runs the next part without a graph.
 
         Args:
+            gap: What was computed in front of it, outside of submodules.
             forward: The part's forward function.
             x: Its input ``(N, ...)``.
             *args: What else the network hands to it.
             **kwargs: Likewise.
         """
         if not self._calls:
-            self.x, self._version = x.detach(), x._version
+            entered = x if gap is None else gap.source
+            self.x, self._version = entered.detach(), entered._version
         states, whole = [], {}
         with torch.no_grad():
             for images in self.slices:
@@ -82,8 +96,14 @@ class SecondRun:
                 else:
                     output = forward(x[images], *args, **kwargs)
                     write_slices(whole, {'output': output}, images, len(x))
-        self._calls.append(_Call(args, kwargs, tuple(states)))
+        if gap is not None:
+            gap.source = None
+        self._calls.append(_Call(args, kwargs, tuple(states), gap))
         return whole['output']
+
+    def has_gap(self, part: str) -> bool:
+        """Whether the network may compute something in front of a part."""
+        return any(unit.gaps and part in unit.parts for unit in self.module.units)
 
     def as_map(self, end: str, output: Tensor) -> Tensor:
         """The output of one of `ends` as a map ``(N, C, H, W)``."""
@@ -115,6 +135,7 @@ class SecondRun:
             parts = zip(self.parts, self._submodules, self._calls, strict=True)
             for name, submodule, call in parts:
                 call.states[index].restore()
+                x = x if call.gap is None else call.gap.again(x)
                 x = submodule(x, *call.args, **call.kwargs)
                 x = x[0] if isinstance(x, tuple) else x  # the others are sizes
                 if name in self.ends:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,21 @@ UnitsFn = Callable[[nn.Module], list[Unit]]
 
 ADAPTERS: dict[str, UnitsFn] = {}  # by the name of a backbone class
 _LARGE = 256  # pixels of an image that leaves two locations on the coarsest level
-_SEVERAL_PATHS = ('DetectoRS_ResNet', 'HourglassNet', 'HRNet', 'TridentResNet')
+_PATHS = 'runs on several paths'
+_REFUSED = {  # reasons by the name of a backbone class
+    'Conformer': f'{_PATHS}: maps and tokens side by side',
+    'DetectoRS_ResNet': f'{_PATHS}: it runs again on what the neck made of its maps',
+    'HourglassNet': f'{_PATHS}: a map of each resolution is kept for the way back',
+    'HRNet': f'{_PATHS}: maps of all resolutions side by side',
+    'RevVisionTransformer': f'{_PATHS}: two streams that are inverted in their own '
+    'backward pass',
+    'SparseConvNeXt': 'masks its maps by a global variable that only the pre-training '
+    'of SparK sets',
+    'SparseResNet': 'masks its maps by a global variable that only the pre-training '
+    'of SparK sets',
+    'TNT': f'{_PATHS}: tokens of patches and of the pixels inside side by side',
+    'TridentResNet': f'{_PATHS}: branches of several dilations side by side',
+}
 
 
 @dataclass(frozen=True)
@@ -99,10 +112,10 @@ def find_units(model: nn.Module) -> list[Unit]:
         raise ValueError(f'{error} {supported}') from None
     name = type(backbone).__name__
     bases = [cls.__name__ for cls in type(backbone).__mro__]
-    if any(base in _SEVERAL_PATHS for base in bases):
+    if reason := next((_REFUSED[base] for base in bases if base in _REFUSED), None):
         raise ValueError(
-            f'model.{place} is a {name}, which runs on several paths and cannot be cut '
-            f'into modules. {supported}'
+            f'model.{place} is a {name}, which {reason}. It cannot be cut into '
+            f'modules. {supported}'
         )
     adapter = next((ADAPTERS[base] for base in bases if base in ADAPTERS), None)
     if adapter is None and place == 'backbone':
@@ -126,11 +139,18 @@ def find_units(model: nn.Module) -> list[Unit]:
 
 
 def _discover(backbone: nn.Module) -> list[Unit]:
-    """The units of a network without an adapter; none if it takes no such images."""
-    for size in trial_sides(backbone):
-        with suppress(RuntimeError, ValueError, AssertionError), evaluating(backbone):
-            return discover_units(backbone, black_image(backbone, size))
-    return []
+    """The units of a network without an adapter."""
+    failures = []
+    for side in trial_sides(backbone):
+        try:
+            with evaluating(backbone):
+                return discover_units(backbone, black_image(backbone, side))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            failures.append(error)
+    raise ValueError(
+        f'{type(backbone).__name__} takes no black image, with which it is tried to find '
+        f'where it can be cut: {failures[0]}'
+    ) from failures[0]
 
 
 def find_backbone(model: nn.Module) -> tuple[str, nn.Module]:

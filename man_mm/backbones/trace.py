@@ -43,8 +43,8 @@ def recording(backbone: nn.Module, trace: Trace) -> Iterator[None]:
         holder = backbone.get_submodule(name.rpartition('.')[0])
         if module is backbone or holder not in holders:
             continue
-        is_sequence = isinstance(module, nn.Sequential | nn.ModuleList)
-        if is_sequence or _is_stage(module):
+        is_sequence = _is_sequence(module)
+        if is_sequence or any(isinstance(m, nn.ModuleList) for m in module.children()):
             holders.add(module)
         if not is_sequence:
             watch(name, module)
@@ -55,8 +55,11 @@ def recording(backbone: nn.Module, trace: Trace) -> Iterator[None]:
             handle.remove()
 
 
-def _is_stage(module: nn.Module) -> bool:
-    return any(isinstance(child, nn.ModuleList) for child in module.children())
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether it does nothing but hold others, or run them one after another."""
+    return isinstance(module, nn.ModuleList) or (
+        type(module).forward is nn.Sequential.forward
+    )
 
 
 @dataclass

@@ -54,7 +54,8 @@ def vit_units(backbone: nn.Module) -> list[Unit]:
     as_map = partial(
         vit_map, extra=backbone.num_extra_tokens, size=backbone.patch_resolution
     )
-    first = ('patch_embed', 'drop_after_pos', 'pre_norm')
+    before = ('patch_embed', 'drop_after_pos', 'pre_norm')
+    first = [name for name in before if hasattr(backbone, name)]  # DeiT III has no norm
     params = _params(backbone, 'cls_token', 'dist_token', 'pos_embed')
     return [
         Unit(

@@ -1,15 +1,22 @@
 """Units of backbones that have no adapter, found by running them once."""
 
-import copy
-
 import pytest
 import torch
-from mmengine.registry import MODELS, init_default_scope
+from gradients import (
+    build_backbone,
+    everywhere,
+    exact_gradients,
+    gradients_of_one_graph,
+    images_for,
+    local_gradients,
+    plain_gradients,
+    same,
+)
 from torch import nn
 
 from man_mm.backbones import find_units, probe
 from man_mm.backbones.discovery import discover_units
-from man_mm.core import LocalLearner, StagePartition, split
+from man_mm.core import StagePartition, split
 
 ARCH = {
     'edgenext': dict(channels=[8, 16, 24, 32], depths=[1, 2, 1, 1], num_heads=[2] * 4),
@@ -53,37 +60,9 @@ def name(request):
     return request.param
 
 
-def build(cfg):
-    for package in ('mmdet', 'mmpretrain'):
-        init_default_scope(package)
-    torch.manual_seed(0)
-    model = nn.Module()
-    model.backbone = MODELS.build(copy.deepcopy(cfg))
-    model.train()
-    for module in model.modules():
-        module.drop_prob = 0.0  # paths that are dropped at random
-    return model
-
-
-def images_for(name):
-    side = 224 if name == 'AlexNet' else 64
-    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
-
-
-def loss_of(output):
-    outputs = [output] if isinstance(output, torch.Tensor) else output
-    return sum(x.square().mean() for x in outputs)
-
-
-class MeanHead(nn.Module):
-    def forward(self, maps, targets, bank):
-        (map_,) = maps.values()
-        return map_.square().mean()
-
-
 def test_units_lie_on_one_path_and_own_each_parameter_once(name):
     cfg, count, k = BACKBONES[name]
-    model = build(cfg)
+    model = build_backbone(cfg)
     units = find_units(model)
     assert len(units) == count
     assert len(StagePartition().cuts(units)) + 1 == k
@@ -94,60 +73,25 @@ def test_units_lie_on_one_path_and_own_each_parameter_once(name):
     assert {*map(id, owned)} == {*map(id, model.parameters())}
 
 
-def local_gradients(name, cuts):
-    model = build(BACKBONES[name][0])
-    units = find_units(model)
-    modules = split(model, units, cuts(units))
-    heads = [MeanHead() for _ in modules[1:]]
-    with LocalLearner(model, modules, heads).step():
-        output = model.backbone(images_for(name))
-    loss = loss_of(output)
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
-
-
-def plain_gradients(name, cuts):
-    """Of each loss only what reaches its own module, from one graph of all."""
-    model = build(BACKBONES[name][0])
-    units = find_units(model)
-    modules = split(model, units, cuts(units))
-    maps = {}
-    for module in modules[:-1]:
-        model.get_submodule(module.cut).register_forward_hook(
-            lambda _m, _args, output, cut=module.cut: maps.update({cut: output})
-        )
-    last = loss_of(model.backbone(images_for(name)))
-    names = {param: name for name, param in model.named_parameters()}
-    found = {}
-    for module in modules:
-        loss = last if module.is_last else maps[module.cut].square().mean()
-        grads = torch.autograd.grad(
-            loss, module.params, retain_graph=True, allow_unused=True
-        )
-        found.update(
-            {names[p]: grad for p, grad in zip(module.params, grads, strict=True)}
-        )
-    return last.detach(), found
-
-
-def same(a, b):
-    return all(
-        (a[key] is None) == (b[key] is None)
-        and (a[key] is None or torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-7))
-        for key in b
-    )
-
-
 def test_each_loss_trains_its_own_module(name):
-    def everywhere(units):
-        return [unit.name for unit in units[:-1]]
-
-    loss, local = local_gradients(name, everywhere)
-    plain_loss, plain = plain_gradients(name, everywhere)
+    cfg, *_ = BACKBONES[name]
+    images = images_for(cfg)
+    loss, local = local_gradients(cfg, images)
+    plain_loss, plain = gradients_of_one_graph(cfg, images)
     assert torch.equal(loss, plain_loss)
     assert same(local, plain)
-    _, elsewhere = plain_gradients(name, lambda units: everywhere(units)[1:])
+    _, elsewhere = gradients_of_one_graph(
+        cfg, images, lambda units: everywhere(units)[1:]
+    )
     assert not same(local, elsewhere)  # control
+
+
+def test_exact_steps_are_plain_back_propagation(name):
+    cfg, *_ = BACKBONES[name]
+    images = images_for(cfg)
+    plain = plain_gradients(cfg, images)
+    assert same(exact_gradients(cfg, images), plain, rounding=1e-5)
+    assert not same(local_gradients(cfg, images)[1], plain, rounding=1e-5)  # control
 
 
 class Branching(nn.Module):

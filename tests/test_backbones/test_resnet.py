@@ -205,8 +205,7 @@ TRIDENT = dict(
         ('mmdet', 'TridentResNet', TRIDENT, 'several paths'),
         ('mmdet', 'DetectoRS_ResNet', dict(depth=50), 'several paths'),
         ('mmdet', 'HRNet', dict(extra=HRNET), 'several paths'),
-        ('mmdet', 'PyramidVisionTransformer', dict(embed_dims=8), 'cannot cut yet'),
-        ('mmpretrain', 'BEiTViT', dict(arch='s'), 'cannot cut yet'),
+        ('mmpretrain', 'TNT', dict(arch='s'), 'several paths'),
     ],
 )
 def test_other_backbones_are_refused_with_those_supported(

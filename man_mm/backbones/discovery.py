@@ -25,8 +25,8 @@ def discover_units(backbone: nn.Module, image: Tensor) -> list[Unit]:
     but sequences and stages. The network can be cut behind a block that outputs a map
     ``(N, C, H, W)`` or ``(N, H, W, C)``, or tokens ``(N, H * W, C)``, if that is all
     that later operations read of what was computed before, if nothing changes it in
-    place, and if the next block takes it as its first argument, or what the backbone
-    returned of it. Blocks between which it cannot be cut form one unit, and so do
+    place, and if the next block takes it as its first argument, perhaps laid out in
+    another way, or what the backbone returns of it. Blocks between which it cannot be cut form one unit, and so do
     convolutions with the norms and activations behind them.
 
     A stage ends where the backbone returns a map, or, if it returns one only, where
@@ -118,7 +118,8 @@ def _group(
     groups: list[list[Call]] = [calls[:1]]
     for call, following in pairwise(calls):
         is_end = trace.is_end(call, following, path, read_beside)
-        starts = is_end or (following.has_weights and _hands_on(call, following))
+        is_next = trace.hands_on(call, following, path)
+        starts = is_end or (following.has_weights and is_next)
         if starts and trace.can_cut(call):
             groups.append([])
         groups[-1].append(following)

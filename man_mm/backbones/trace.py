@@ -7,11 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .token_maps import map_kind
+
+
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten._unsafe_view.default)
 
 
 @contextmanager
@@ -106,6 +110,7 @@ class Call:
 @dataclass
 class _Operation:
     reads: list[int]
+    lays_out: bool  # and computes nothing
     writes: list[int] = field(default_factory=list)
 
 
@@ -129,7 +134,8 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
         result = func(*args, **(kwargs or {}))
-        operation = _Operation([id(x) for x in given if id(x) in self._derived])
+        reads = [id(x) for x in given if id(x) in self._derived]
+        operation = _Operation(reads, func.is_view or func in _COPIES)
         if operation.reads:
             changed = func._schema.is_mutable
             made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
@@ -190,13 +196,29 @@ class Trace(TorchDispatchMode):
         earlier = self.made_by(range(call.stop)) | {id(self._kept[0])}
         return self.read_by(later) & earlier <= {id(call.output)}
 
+    def hands_on(self, call: Call, following: Call, path: set[int]) -> bool:
+        """Whether a call takes what the one before it returned.
+
+        As it is, or laid out in another way, such as tokens as a map.
+
+        Args:
+            call: A call.
+            following: The next one on the path.
+            path: The operations on the path.
+        """
+        if following.input is call.output:
+            return True
+        between = self._between(call, following, path)
+        return id(following.input) in self.made_by(between) and all(
+            self._operations[time].lays_out for time in between
+        )
+
     def is_end(
         self, call: Call, following: Call, path: set[int], read_beside: set[int]
     ) -> bool:
         """Whether the backbone returns what a call hands on to the following one.
 
-        That is its output, or what follows from it without any parameter, such as
-        tokens that are laid out as a map.
+        That is its output, or what follows from it without any parameter.
 
         Args:
             call: A call.
@@ -206,9 +228,12 @@ class Trace(TorchDispatchMode):
         """
         if following.input is call.output:
             return id(call.output) in read_beside
-        between = path.intersection(range(call.stop, following.start))
+        between = self._between(call, following, path)
         made = self.made_by(between)
         return id(following.input) in made and (
             not made.isdisjoint(read_beside)
             and self._params.isdisjoint(self.read_by(between))
         )
+
+    def _between(self, call: Call, following: Call, path: set[int]) -> set[int]:
+        return path.intersection(range(call.stop, following.start))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from man_mm.core import Unit
 from man_mm.core.local_losses import ENTRY
+from man_mm.core.returned import tensor_of
 
 from .discovery import discover_units
 from .images import black_image, evaluating, trial_sides
@@ -243,13 +244,14 @@ def probe(model: nn.Module, units: Sequence[Unit]) -> tuple[Tap, list[Tap]]:
         runs, entered = calls[unit.name], inputs[unit.name]
         once = len(runs) == 1 and len(entered) == 1
         chained = once and (not taps or unit.gaps or entered[0] is previous)
-        if not (chained and isinstance(runs[0][1], Tensor)):
+        if not (chained and isinstance(tensor_of(runs[0][1]), Tensor)):
             raise ValueError(
                 f'{type(backbone).__name__} cannot be cut around {unit.name!r}: it is '
                 'not on a single path from the image to the output.'
             )
-        args, previous = runs[0]
-        map_ = unit.as_map(previous, args) if unit.as_map else previous
+        args, output = runs[0]
+        previous = tensor_of(output)
+        map_ = unit.map_of(output, args)
         taps.append(tap(unit.name, unit.stage, map_))
     return tap(ENTRY, -1, inputs[units[0].name][0]), taps
 

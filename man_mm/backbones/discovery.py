@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from man_mm.core import Unit
+from man_mm.core.returned import sizes_of
 
 from .token_maps import AsMap, map_kind, same_map
 from .trace import Call, Trace, recording
@@ -54,10 +55,11 @@ def discover_units(backbone: nn.Module, image: Tensor) -> list[Unit]:
     owners = _owners(trace, backbone, groups, path)
     if owners is None:
         return []
-    kinds = [map_kind(group[-1].output) for group in groups]
+    lasts = [group[-1] for group in groups]
+    kinds = [map_kind(last.tensor) for last in lasts]
     maps = [
-        kind(group[-1].output, group[-1].args)
-        for kind, group in zip(kinds, groups, strict=True)
+        kind(last.tensor, (*last.args, *sizes_of(last.output)))
+        for kind, last in zip(kinds, lasts, strict=True)
     ]
     ends = [trace.is_end(a[-1], b[0], path, read_beside) for a, b in pairwise(groups)]
     stages = _stages([map_.shape[-1] for map_ in maps], ends)
@@ -120,7 +122,11 @@ def _group(
         is_end = trace.is_end(call, following, path, read_beside)
         is_next = trace.hands_on(call, following, path)
         starts = is_end or (following.has_weights and is_next)
-        if starts and trace.can_cut(call):
+        # Of what returns a size too, only blocks of a list: no patch embedding.
+        is_block = isinstance(call.output, Tensor) or (
+            type(call.module) is type(following.module)
+        )
+        if starts and is_block and trace.can_cut(call):
             groups.append([])
         groups[-1].append(following)
     return groups
@@ -129,8 +135,8 @@ def _group(
 def _belongs(call: Call, calls: Sequence[Call]) -> bool:
     """Whether the last call ends a unit: no global pooling, nor what follows one."""
     return call.has_weights or (
-        any(call.input is other.output for other in calls)
-        and call.input.shape[2:] == call.output.shape[2:]
+        any(call.input is other.tensor for other in calls)
+        and call.input.shape[2:] == call.tensor.shape[2:]
     )
 
 
@@ -139,7 +145,7 @@ def _leaks(
 ) -> bool:
     """Whether a map inside a unit is read elsewhere: its graph would be gone."""
     times = range(group[0].start, group[-1].stop)
-    made = trace.made_by(times) - {id(group[-1].output)}
+    made = trace.made_by(times) - {id(group[-1].tensor)}
     return not made.isdisjoint(returned | trace.read_outside(path.union(times)))
 
 
@@ -169,8 +175,7 @@ def _owners(
 
 def _hands_on(call: Call, following: Call) -> bool:
     """Whether a block takes what the one before it returned, as it is."""
-    output = call.output
-    return following.input is (output[0] if isinstance(output, tuple) else output)
+    return following.input is call.tensor
 
 
 def _is_of_maps(group: Sequence[Call], gaps: bool, kind: AsMap) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from man_mm.core.returned import tensor_of
+
 from .token_maps import map_kind
 
 
@@ -90,6 +92,11 @@ class Call:
     def input(self) -> Any:
         """The first of its arguments."""
         return self.args[0] if self.args else None
+
+    @property
+    def tensor(self) -> Any:
+        """The tensor that it returned, alone or in front of a size."""
+        return tensor_of(self.output)
 
     @property
     def has_weights(self) -> bool:
@@ -188,13 +195,13 @@ class Trace(TorchDispatchMode):
 
     def can_cut(self, call: Call) -> bool:
         """Whether a call's output is a map, and all that goes on from there."""
-        if map_kind(call.output) is None:
+        if map_kind(call.tensor) is None:
             return False
         later = range(call.stop, self.now)
-        if id(call.output) in self.made_by(later):
+        if id(call.tensor) in self.made_by(later):
             return False  # it is changed in place
         earlier = self.made_by(range(call.stop)) | {id(self._kept[0])}
-        return self.read_by(later) & earlier <= {id(call.output)}
+        return self.read_by(later) & earlier <= {id(call.tensor)}
 
     def hands_on(self, call: Call, following: Call, path: set[int]) -> bool:
         """Whether a call takes what the one before it returned.
@@ -206,7 +213,7 @@ class Trace(TorchDispatchMode):
             following: The next one on the path.
             path: The operations on the path.
         """
-        if following.input is call.output:
+        if following.input is call.tensor:
             return True
         between = self._between(call, following, path)
         return id(following.input) in self.made_by(between) and all(
@@ -226,8 +233,8 @@ class Trace(TorchDispatchMode):
             path: The operations on the path.
             read_beside: Ids of the tensors that are read elsewhere, too.
         """
-        if following.input is call.output:
-            return id(call.output) in read_beside
+        if following.input is call.tensor:
+            return id(call.tensor) in read_beside
         between = self._between(call, following, path)
         made = self.made_by(between)
         return id(following.input) in made and (

@@ -55,7 +55,7 @@ def read_features(
     for unit in ends.values():
 
         def keep(_m, args, output, unit=unit):
-            maps[unit.name] = unit.as_map(output, args) if unit.as_map else output
+            maps[unit.name] = unit.map_of(output, args)
 
         handles.append(model.get_submodule(unit.name).register_forward_hook(keep))
     loader = {**cfg.val_dataloader, 'num_workers': 0, 'persistent_workers': False}

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from man_mm.core import LocalModule
+from man_mm.core.returned import tensor_of
 from man_mm.engine.config_files import load_config
 from man_mm.engine.quiet import quiet
 from man_mm.measure.memory import measure_memory
@@ -62,7 +63,7 @@ class Recorder:
 
     def _leave(self, index: int, _module: object, _args: object, output) -> None:
         self._running = (index, 'loss')
-        output.register_hook(lambda _: self._back(index))
+        tensor_of(output).register_hook(lambda _: self._back(index))
 
     def _back(self, index: int) -> None:
         self._running = (index, 'backward')

@@ -19,6 +19,7 @@ from .local_losses import ENTRY, Backward, default_backward, readers
 from .micro_batches import Maps
 from .partition import LocalModule, outlets
 from .patches import Forward, patched
+from .returned import tensor_of, with_tensor
 from .second_runs import SecondRun
 
 
@@ -179,13 +180,14 @@ class ExactSteps:
             if part not in run.ends:
                 self._expect_gap(output)
                 return output
-            check_cut(part, output)
+            x = tensor_of(output)
+            check_cut(part, x)
             if self.learner.observer is not None:
-                self.learner.observer.passed_on(run.module, {part: output})
+                self.learner.observer.passed_on(run.module, {part: x})
             if self.weight and not run.module.is_last:
-                map_ = run.as_map(part, output)
+                map_ = run.as_map(part, x)
                 self.learner.remember(run.module, {part: map_})
-            output = caught(output, part, self._grads)
+            output = with_tensor(output, caught(x, part, self._grads))
             self._expect_gap(output)
             return output
 
@@ -194,7 +196,7 @@ class ExactSteps:
     def _expect_gap(self, output: Any) -> None:
         """Records what the network computes in front of the next part, if anything."""
         if self._next is not None and self._next[0].has_gap(self._next[1]):
-            self._gap = Between(output[0] if isinstance(output, tuple) else output)
+            self._gap = Between(tensor_of(output))
             self._gap.start()
 
     def _front_owner(self) -> LocalModule:

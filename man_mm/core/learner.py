@@ -35,6 +35,7 @@ from .micro_batches import (
 from .observer import Observer
 from .partition import LocalModule, Unit, branches, outlets
 from .patches import Wrap, patched
+from .returned import tensor_of, with_tensor
 
 
 class LocalLearner:
@@ -283,7 +284,7 @@ class LocalLearner:
     def _hooks(self, unit: Unit, branch: Branch):
         def leave(_submodule: nn.Module, args: tuple, output: Tensor) -> Tensor:
             self._keep_map(unit, args, output)
-            return branch.leave(output)
+            return with_tensor(output, branch.leave(tensor_of(output)))
 
         def rejoin(_submodule: nn.Module, args: tuple) -> tuple:
             return branch.rejoin(args[0]), *args[1:]
@@ -291,14 +292,14 @@ class LocalLearner:
         return leave, rejoin
 
     def _keep_map(self, unit: Unit, args: tuple, output: Tensor) -> None:
-        is_map = not isinstance(output, Tensor)
-        self._own[unit.name] = output if is_map else unit.map_of(output, args)
+        is_tensor = isinstance(tensor_of(output), Tensor)
+        self._own[unit.name] = unit.map_of(output, args) if is_tensor else output
 
     def _cut(self, module: LocalModule, backward: Backward, output: Tensor) -> Tensor:
         loss = self._train(module, self._own, backward)
         self._pass_on(module, self._own, loss)
         self._own.clear()
-        return output.detach()
+        return with_tensor(output, tensor_of(output).detach())
 
     def _arm_micro_batches(
         self,

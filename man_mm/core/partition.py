@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .returned import sizes_of, tensor_of
+
 # Measures what each unit costs for images of a shape; see `man_mm.measure`.
 Measure = Callable[..., list[Any]]
 
@@ -28,7 +30,8 @@ class Unit:
             beside the next unit (and the neck, which reads the ends of stages).
         as_map: From the output and the arguments of the submodule ``name`` to a map
             ``(N, C, H, W)`` without a copy, for units that output something else,
-            such as tokens.
+            such as tokens. What is returned behind a tensor, such as a size, comes
+            behind the arguments.
         gaps: Whether the network computes something outside of submodules between
             the parts, or in front of the first one.
 
@@ -60,7 +63,10 @@ class Unit:
             output: What the submodule ``name`` returned.
             args: What it was called with.
         """
-        return output if self.as_map is None else self.as_map(output, args)
+        tensor = tensor_of(output)
+        if self.as_map is None:
+            return tensor
+        return self.as_map(tensor, (*args, *sizes_of(output)))
 
 
 @dataclass(frozen=True)

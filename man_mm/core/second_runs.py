@@ -14,6 +14,7 @@ from .micro_batches import slices_of, write_slices
 from .partition import LocalModule, outlets
 from .patches import Forward
 from .random_states import RandomState, random_state_kept
+from .returned import sizes_of, tensor_of
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class _Call:
         kwargs: Likewise.
         states: Random states, one a slice.
         gap: What was computed in front of it, outside of submodules.
+        sizes: What it returned behind a tensor.
     """
 
     args: tuple
     kwargs: dict[str, Any]
     states: tuple[RandomState, ...]
     gap: Between | None
+    sizes: tuple
 
 
 class SecondRun:
@@ -98,7 +101,8 @@ class SecondRun:
                     write_slices(whole, {'output': output}, images, len(x))
         if gap is not None:
             gap.source = None
-        self._calls.append(_Call(args, kwargs, tuple(states), gap))
+        sizes = sizes_of(whole['output'])
+        self._calls.append(_Call(args, kwargs, tuple(states), gap, sizes))
         return whole['output']
 
     def has_gap(self, part: str) -> bool:
@@ -108,8 +112,8 @@ class SecondRun:
     def as_map(self, end: str, output: Tensor) -> Tensor:
         """The output of one of `ends` as a map ``(N, C, H, W)``."""
         unit = next(unit for unit in self.module.units if unit.name == end)
-        args = self._calls[self.parts.index(end)].args
-        return unit.map_of(output, (output, *args))
+        call = self._calls[self.parts.index(end)]
+        return unit.map_of(output, (output, *call.args, *call.sizes))
 
     def again(self, index: int, x: Tensor) -> dict[str, Tensor]:
         """Runs all parts with a graph.
@@ -137,7 +141,7 @@ class SecondRun:
                 call.states[index].restore()
                 x = x if call.gap is None else call.gap.again(x)
                 x = submodule(x, *call.args, **call.kwargs)
-                x = x[0] if isinstance(x, tuple) else x  # the others are sizes
+                x = tensor_of(x)
                 if name in self.ends:
                     outputs[name] = x
         return outputs

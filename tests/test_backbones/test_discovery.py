@@ -138,3 +138,41 @@ def test_where_a_network_can_be_cut(kind, names):
 def test_a_network_of_tokens_has_no_units():
     network = nn.Sequential(nn.Flatten(2), nn.Linear(64, 4), nn.Linear(4, 4))
     assert discover_units(network, torch.zeros(1, 3, 8, 8)) == []
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, scale=1):
+        return super().forward(scale * x)
+
+
+class Tokens(nn.Module):
+    """Three blocks on tokens; a class token and positions are added in front."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.proj = nn.Conv2d(3, 8, 4, 4)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.pos_embed = nn.Embedding(16, 8)
+        self.blocks = nn.ModuleList(Scaled(8, 8) for _ in range(3))
+        self.shared = nn.Parameter(torch.ones(8))
+        self.kind = kind
+
+    def forward(self, x):
+        x = self.proj(x).flatten(2).transpose(1, 2)
+        x = x + self.pos_embed(torch.arange(16))
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        for block in self.blocks:
+            x = block(x, self.shared) if self.kind == 'shared' else block(x)
+        return (x,)
+
+
+def test_parameters_outside_of_blocks_belong_to_the_unit_that_reads_them():
+    units = discover_units(Tokens('own').eval(), torch.zeros(1, 3, 16, 16))
+    assert [unit.parts for unit in units] == [
+        ('proj', 'blocks.0'), ('blocks.1',), ('blocks.2',)
+    ]  # fmt: skip
+    assert units[0].params == ('cls_token', 'pos_embed.weight')
+    assert [unit.gaps for unit in units] == [True, False, False]
+    map_ = units[1].map_of(torch.zeros(2, 1 + 9, 8), ())
+    assert map_.shape == (2, 8, 3, 3)
+    assert discover_units(Tokens('shared').eval(), torch.zeros(1, 3, 16, 16)) == []

@@ -34,6 +34,8 @@ ARCHITECTURES = {
         'retinanet/retinanet_r50_fpn_1x_coco',
         'swin/retinanet_swin-t-p4-w7_fpn_1x_coco',
         'regnet/retinanet_regnetx-800MF_fpn_1x_coco',
+        'pvt/retinanet_pvt-t_fpn_1x_coco',
+        'pvt/retinanet_pvtv2-b0_fpn_1x_coco',
     ],
     'FCOS': ['fcos/fcos_r50-caffe_fpn_gn-head_1x_coco'],
     'ATSS': ['atss/atss_r50_fpn_1x_coco'],
@@ -119,7 +121,7 @@ def make_offline(cfg):
     if not isinstance(cfg, dict):
         return
     for key, value in cfg.items():
-        if key == 'pretrained' or (key == 'init_cfg' and 'Pretrained' in str(value)):
+        if key == 'pretrained' or (key == 'init_cfg' and 'checkpoint' in str(value)):
             cfg[key] = None
         elif key == 'type' and value in ('SyncBN', 'MMSyncBN'):
             cfg[key] = 'BN'

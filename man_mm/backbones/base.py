@@ -149,8 +149,8 @@ def _discover(backbone: nn.Module) -> list[Unit]:
         except (RuntimeError, ValueError, AssertionError) as error:
             failures.append(error)
     raise ValueError(
-        f'{type(backbone).__name__} takes no black image, with which it is tried to find '
-        f'where it can be cut: {failures[0]}'
+        f'{type(backbone).__name__} was run on black images, to find where it can be '
+        f'cut, and failed: {failures[0]}'
     ) from failures[0]
 
 

@@ -27,8 +27,9 @@ def discover_units(backbone: nn.Module, image: Tensor) -> list[Unit]:
     ``(N, C, H, W)`` or ``(N, H, W, C)``, or tokens ``(N, H * W, C)``, if that is all
     that later operations read of what was computed before, if nothing changes it in
     place, and if the next block takes it as its first argument, perhaps laid out in
-    another way, or what the backbone returns of it. Blocks between which it cannot be cut form one unit, and so do
-    convolutions with the norms and activations behind them.
+    another way, or what the backbone returns of it. Blocks between which it cannot be
+    cut form one unit, and so do convolutions with the norms and activations behind
+    them.
 
     A stage ends where the backbone returns a map, or, if it returns one only, where
     the resolution falls. A network of one resolution has four equal stages.

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-
 _CHANNELS = 3  # of images for networks that begin with no convolution
 _SIDE = 64  # pixels of the image with which a network is tried first
 _SIDES = (224, 299)  # of the images that classifiers for one size want

@@ -16,7 +16,6 @@ from man_mm.core.returned import tensor_of
 
 from .token_maps import map_kind
 
-
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._unsafe_view.default)
 
 
@@ -189,9 +188,7 @@ class Trace(TorchDispatchMode):
 
     def reads_image(self, call: Call) -> bool:
         """Whether anything in a call was computed from the image."""
-        return not self._of_image.isdisjoint(
-            self.read_by(range(call.start, call.stop))
-        )
+        return not self._of_image.isdisjoint(self.read_by(range(call.start, call.stop)))
 
     def can_cut(self, call: Call) -> bool:
         """Whether a call's output is a map, and all that goes on from there."""

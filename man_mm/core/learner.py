@@ -147,6 +147,7 @@ class LocalLearner:
         self.bank_bytes = 0
         self.observer: Observer | None = None
         self._own: Maps = {}
+        self._branches: dict[str, Branch] = {}
         self._shared: dict[int, dict] = {}
         self._is_followed = False
 
@@ -230,6 +231,9 @@ class LocalLearner:
         """Ends a step: nothing of its batch is kept."""
         self.targets = None
         self._own.clear()
+        for branch in self._branches.values():
+            branch.forget()
+        self._branches.clear()
         self._shared.clear()
         if self.bank is not None:
             self.bank.clear()
@@ -265,12 +269,11 @@ class LocalLearner:
         self, module: LocalModule, backward: Backward, stack: ExitStack
     ) -> None:
         for unit, following in branches(module):
-            branch = Branch(following.gaps)
-            leave, rejoin = self._hooks(unit, branch)
+            self._branches[unit.name] = Branch(following.gaps)
+            branch, rejoin = self._branch(unit), self._rejoin(unit)
             end = self.model.get_submodule(unit.name)
             start = self.model.get_submodule(following.parts[0])
-            stack.callback(branch.forget)
-            stack.callback(end.register_forward_hook(leave).remove)
+            stack.callback(end.register_forward_hook(branch).remove)
             hook = start.register_forward_pre_hook(rejoin, prepend=True)
             stack.callback(hook.remove)
 
@@ -281,15 +284,19 @@ class LocalLearner:
         end = self.model.get_submodule(module.cut)
         stack.callback(end.register_forward_hook(cut).remove)
 
-    def _hooks(self, unit: Unit, branch: Branch):
-        def leave(_submodule: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def _branch(self, unit: Unit):
+        def hook(_submodule: nn.Module, args: tuple, output: Tensor) -> Tensor:
             self._keep_map(unit, args, output)
-            return with_tensor(output, branch.leave(tensor_of(output)))
+            x = self._branches[unit.name].leave(tensor_of(output))
+            return with_tensor(output, x)
 
-        def rejoin(_submodule: nn.Module, args: tuple) -> tuple:
-            return branch.rejoin(args[0]), *args[1:]
+        return hook
 
-        return leave, rejoin
+    def _rejoin(self, unit: Unit):
+        def hook(_submodule: nn.Module, args: tuple) -> tuple:
+            return self._branches[unit.name].rejoin(args[0]), *args[1:]
+
+        return hook
 
     def _keep_map(self, unit: Unit, args: tuple, output: Tensor) -> None:
         is_tensor = isinstance(tensor_of(output), Tensor)

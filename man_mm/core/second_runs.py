@@ -76,7 +76,12 @@ class SecondRun:
         return slices_of(count, self.size or count)
 
     def first(
-        self, gap: Between | None, forward: Forward, x: Tensor, *args: Any, **kwargs: Any
+        self,
+        gap: Between | None,
+        forward: Forward,
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Runs the next part without a graph.
 

@@ -25,8 +25,9 @@ HRNET = {
     for count in (1, 2, 3, 4)
 }
 TRIDENT = dict(
-    depth=50, num_branch=3, test_branch_idx=1, num_stages=3, trident_dilations=(1, 2, 3),
-    strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,),
+    depth=50, num_branch=3, test_branch_idx=1, num_stages=3,
+    trident_dilations=(1, 2, 3), strides=(1, 2, 2), dilations=(1, 1, 1),
+    out_indices=(2,),
 )  # fmt: skip
 
 MMDET = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def tensor_of(output: Any) -> Any:
-    """The tensor of an output; the output itself if it has none, or several.
+    """The tensor of an output; the output itself if it is neither of both.
 
     Args:
         output: What a submodule returned.
@@ -42,5 +42,11 @@ def with_tensor(output: Any, tensor: Tensor) -> Any:
 
 
 def _has_sizes(output: Any) -> bool:
-    is_tensor = [isinstance(x, Tensor) for x in output] if type(output) is tuple else []
-    return len(is_tensor) > 1 and is_tensor[0] and not any(is_tensor[1:])
+    if type(output) is not tuple or len(output) < 2:
+        return False
+    tensor, *sizes = output
+    return isinstance(tensor, Tensor) and all(map(_is_size, sizes))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(x) is int for x in value)

@@ -78,7 +78,14 @@ def test_sizes_behind_a_tensor():
     output = tokens, (2, 3)
     assert tensor_of(output) is tokens and sizes_of(output) == ((2, 3),)
     assert with_tensor(output, tokens + 1)[1] == (2, 3)
-    for other in ((tokens, tokens), (tokens,), [tokens, 2], None, tokens):
+    for other in (
+        (tokens, tokens),
+        (tokens, None),
+        (tokens,),
+        [tokens, 2],
+        None,
+        tokens,
+    ):
         assert tensor_of(other) is other and sizes_of(other) == ()
 
 

@@ -172,15 +172,12 @@ def test_unsupported_model_wrappers(model, kind):
     check_model_wrapper(model)  # control
 
 
-@pytest.mark.parametrize(
-    'backbone', ['PyramidVisionTransformer', 'HRNet', 'TridentResNet']
-)
+@pytest.mark.parametrize('backbone', ['HRNet', 'TridentResNet'])
 def test_unsupported_backbones(backbone):
-    from mmdet.models.backbones import HRNet, PyramidVisionTransformer
+    from mmdet.models.backbones import HRNet
 
     stage = dict(block='BASIC', num_blocks=(1,), num_channels=(8,))
     build = dict(
-        PyramidVisionTransformer=lambda: PyramidVisionTransformer(embed_dims=8),
         TridentResNet=lambda: MODELS.build(dict(
             type='mmdet.TridentResNet', depth=50, num_branch=3, test_branch_idx=1,
             strides=(1, 2, 2), dilations=(1, 1, 1), trident_dilations=(1, 2, 3),

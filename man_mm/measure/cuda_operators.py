@@ -10,11 +10,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-try:
-    from mmcv.ops import multi_scale_deform_attn as _attention
-except ImportError:  # no mmcv, or one without operators
-    _attention = None
-
 
 @contextmanager
 def cuda_operators() -> Iterator[None]:
@@ -28,10 +23,14 @@ def cuda_operators() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(Tensor, 'cuda', _stays))
         stack.enter_context(patch.object(nn.functional, 'dropout', _dropout))
-        if _attention is not None:
+        try:
+            from mmcv.ops import multi_scale_deform_attn as attention
+        except ImportError:  # no mmcv, or one without operators
+            pass
+        else:
             name = 'multi_scale_deformable_attn_pytorch'
             apply = _DeformableAttention.apply
-            stack.enter_context(patch.object(_attention, name, apply))
+            stack.enter_context(patch.object(attention, name, apply))
         yield
 
 

@@ -75,10 +75,10 @@ def chunks(params: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 class Stepper:
     """Steps the parameters of modules, unless their gradients are not finite.
 
-    Whether they are is known on the device first, and unless that is the CPU, reading
-    it would make the host wait. So a module is stepped in any case, a few parameters at
-    a time, and where its flag is false, parameters and state get their values back. The
-    flags of all modules are read at once, by `read`.
+    Whether they are is known on the device first, and reading it would make the host
+    wait. So a module is stepped in any case, a few parameters at a time, and where its
+    flag is false, parameters and state get their values back. The flags of all modules
+    are read at once, by `read`.
 
     Args:
         optimizer: An optimizer that treats each element by itself, unless
@@ -161,18 +161,11 @@ class Stepper:
                 together.append(param)
         if together:
             self._step_or_undo(name, together, partial(self.step, together))
-            for param in together:  # of a step that was left out
-                param.grad = None
 
     def _step_or_undo(
         self, name: str, params: Sequence[nn.Parameter], step: Callable[[], Any]
     ) -> None:
-        flag = self._flags[name]
-        if _is_known(flag):  # copies to undo a step would take as long as the step
-            if flag:
-                step()
-            return
-        tensors = self._tensors(params)
+        flag, tensors = self._flags[name], self._tensors(params)
         here = [tensor for tensor in tensors if tensor.device == flag.device]
         undo = [_Kept(group) for group in _groups(here)]
         self._elsewhere += [
@@ -209,11 +202,6 @@ class _Kept:
             self._tensors,
             [part.view(t.shape) for part, t in zip(parts, self._tensors, strict=True)],
         )
-
-
-def _is_known(flag: Tensor) -> bool:
-    """Whether reading a flag makes nobody wait."""
-    return flag.device.type == 'cpu'
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

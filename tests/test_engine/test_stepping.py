@@ -38,31 +38,10 @@ def step_if(stepper, layers, seed, flag):
     assert stepper.read() == {'module1': flag}
 
 
-@pytest.fixture
-def undoing(monkeypatch):
-    """Steps are undone, as on a GPU."""
-    monkeypatch.setattr(stepping, '_is_known', lambda flag: False)
-
-
-@pytest.mark.parametrize('kind', ELEMENTWISE)
-def test_a_step_on_the_cpu_is_that_of_the_optimizer_or_none(kind, monkeypatch):
-    def undo(*_):
-        raise AssertionError('On the CPU, nothing has to be undone.')
-
-    monkeypatch.setattr(stepping, '_Kept', undo)
-    parts = spy_on_parts(monkeypatch, 500)
-    check_steps(kind)
-    assert parts  # that are not undone either
-
-
 @pytest.mark.parametrize('chunk', [2**24, 100])
 @pytest.mark.parametrize('kind', ELEMENTWISE)
-def test_a_step_is_that_of_the_optimizer_or_undone(kind, chunk, undoing, monkeypatch):
+def test_a_step_is_that_of_the_optimizer_or_none(kind, chunk, monkeypatch):
     monkeypatch.setattr(stepping, '_CHUNK_BYTES', chunk)
-    check_steps(kind)
-
-
-def check_steps(kind):
     layers, optimizer = build(kind)
     plain, control = build(kind)
     stepper = Stepper(optimizer)
@@ -79,9 +58,9 @@ def check_steps(kind):
 
 @pytest.mark.parametrize('nbytes', [64, 500])
 @pytest.mark.parametrize('kind', ELEMENTWISE)
-def test_large_parameters_are_stepped_in_parts(kind, nbytes, undoing, monkeypatch):
+def test_large_parameters_are_stepped_in_parts(kind, nbytes, monkeypatch):
     parts = spy_on_parts(monkeypatch, nbytes)
-    check_steps(kind)
+    test_a_step_is_that_of_the_optimizer_or_none(kind, 2**24, monkeypatch)
     # A row of the first convolution has 108 bytes, of the second 32.
     rows = [4, 4] if nbytes == 500 else [*(8 * [1]), 2, 2]
     assert [len(part) for part in parts[: len(rows)]] == rows
@@ -91,7 +70,9 @@ def test_a_part_that_keeps_no_state_would_differ(monkeypatch):
     monkeypatch.setattr(optimizers, '_is_split_like', lambda value, param: False)
     spy_on_parts(monkeypatch, 500)
     with pytest.raises((AssertionError, RuntimeError)):
-        check_steps(torch.optim.Adam)
+        test_a_step_is_that_of_the_optimizer_or_none(
+            torch.optim.Adam, 2**24, monkeypatch
+        )
 
 
 def spy_on_parts(monkeypatch, nbytes):
@@ -108,7 +89,7 @@ def spy_on_parts(monkeypatch, nbytes):
 
 
 @pytest.mark.parametrize('weight_decay', [0, 0.1])
-def test_bytes_for_a_moment_are_those_of_a_part(weight_decay, undoing, monkeypatch):
+def test_bytes_for_a_moment_are_those_of_a_part(weight_decay, monkeypatch):
     layer = nn.Linear(1000, 1000, bias=False)
     optimizer = torch.optim.SGD(
         layer.parameters(), lr=0.1, momentum=0.9, weight_decay=weight_decay
@@ -132,7 +113,7 @@ def test_bytes_for_a_moment_are_those_of_a_part(weight_decay, undoing, monkeypat
 
 
 @pytest.mark.parametrize('options', [{}, dict(momentum=0.9)])
-def test_only_the_first_step_reads_its_flag(options, undoing, monkeypatch):
+def test_only_the_first_step_reads_its_flag(options, monkeypatch):
     layers, optimizer = build(torch.optim.SGD, **options)
     stepper, reads = Stepper(optimizer), []
     read = torch.Tensor.__bool__

@@ -16,7 +16,7 @@ from mmengine.runner import Runner, load_checkpoint
 from rich.console import Console
 from scripts import run_script
 
-from man_mm.benchmark import comparison
+from man_mm.benchmark import comparison, training_runs
 from man_mm.benchmark.comparison_report import make_table, markdown_rows
 from man_mm.benchmark.restored_photos import restore
 from man_mm.benchmark.training_runs import (
@@ -103,6 +103,17 @@ def options_for(photos):
         'default_hooks.logger.interval=2',
         'default_hooks.checkpoint.interval=3',
     ]
+
+
+def test_a_mixed_training_needs_what_the_larger_of_its_steps_does(photos):
+    def peak(share):
+        key = 'optim_wrapper.local_learning.end_to_end_from'
+        options = [*options_for(photos), *([] if share is None else [f'{key}={share}'])]
+        cfg = load_config(CONFIG.format('man', 'man_'), options)
+        return training_runs._measure_step(cfg)['peak_bytes']
+
+    local, exact, mixed = (peak(share) for share in (None, 0, 0.5))
+    assert mixed == max(local, exact) > min(local, exact)
 
 
 def test_runs_are_done_once_and_shown_from_their_files(

@@ -17,7 +17,7 @@ from man_mm.datasets.make_photos import make_photos
 from man_mm.stack import find_distributions
 
 MIM = Path(sys.executable).with_name('mim')
-DEMO = 'configs/{}/retinanet_r34_{}demo.py'
+DEMO = 'configs/{}/retinanet_r18_{}demo.py'
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_train_then_test_with_the_stock_config(digits, tmp_path):
     mim('train', DEMO.format('man', 'man_'), man, *options)
     rows = scalars(man)
     train = [row for row in rows if 'loss' in row]
-    keys = {f'module{i}/{k}' for i in (1, 2) for k in ('loss', 'grad_norm')}
+    keys = {f'module{i}/{k}' for i in (1, 2, 3) for k in ('loss', 'grad_norm')}
     assert all(keys | {'bank_bytes'} <= row.keys() for row in train)
     tested = [
         *data_options(digits),
@@ -120,12 +120,12 @@ def test_two_processes_on_a_cpu_and_mixed_precision(digits, tmp_path):
         gpus=2,
     )  # fmt: skip
     assert 'Distributed training: True' in output
-    keys = {f'module{i}/{k}' for i in (1, 2) for k in ('loss', 'grad_norm')}
+    keys = {f'module{i}/{k}' for i in (1, 2, 3) for k in ('loss', 'grad_norm')}
     rows = scalars(tmp_path)
     assert all(keys <= row.keys() for row in rows if 'loss' in row)
     assert any('coco/bbox_mAP' in row for row in rows)
     saved = torch.load(tmp_path / 'iter_2.pth', weights_only=True)
-    assert len(saved['optimizer']['loss_scalers']) == 3  # mixed precision was on
+    assert len(saved['optimizer']['loss_scalers']) == 4  # mixed precision was on
 
 
 def test_stock_config_by_options_alone(digits, tmp_path):

@@ -1,7 +1,9 @@
-"""The picture of the demo: detections on validation images."""
+"""Pictures of the demo: losses of the modules, and detections."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -11,7 +13,36 @@ from matplotlib.patches import Rectangle
 SCENES = 8
 
 
-def draw_detections(config: Path, checkpoint: Path, name: str, out: Path) -> None:
+def plot_losses(scalars: Sequence[dict], out: Path) -> None:
+    """Plots the loss of every module against the iteration.
+
+    Args:
+        scalars: Rows of the scalar log.
+        out: PNG file.
+    """
+    rows = [row for row in scalars if 'loss' in row]
+    local = sorted(key for key in rows[0] if re.fullmatch(r'module\d+/loss', key))
+    figure = Figure(figsize=(7, 4), layout='constrained')
+    axes = figure.subplots()
+    for key in local:
+        axes.plot(
+            [row['step'] for row in rows],
+            [row[key] for row in rows],
+            label=f'{key.split("/")[0]} (auxiliary head)',
+        )
+    axes.plot(
+        [row['step'] for row in rows],
+        [row['loss'] for row in rows],
+        'k--',
+        label=f"module{len(local) + 1} (the model's own loss)",
+    )
+    axes.set(xlabel='iteration', ylabel='loss', ylim=(0, None))
+    axes.set_title('Every module learns from its own loss')
+    axes.legend()
+    figure.savefig(out, dpi=120)
+
+
+def draw_detections(config: Path, checkpoint: Path, out: Path) -> None:
     """Draws validation images with true boxes and detections, one above the other.
 
     The checkpoint is loaded strictly into the stock config: local learning leaves
@@ -42,7 +73,7 @@ def draw_detections(config: Path, checkpoint: Path, name: str, out: Path) -> Non
         ]
         _draw(axes[1, column], imread(path), boxes, 'orange')
     axes[0, 0].set_ylabel('truth')
-    axes[1, 0].set_ylabel(name)
+    axes[1, 0].set_ylabel('MAN')
     figure.savefig(out, dpi=110)
 
 

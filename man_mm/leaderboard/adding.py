@@ -14,6 +14,7 @@ from mmengine.config import Config
 from man_mm.engine.config_files import load_config
 
 from .entries import (
+    DEMO_CONFIG,
     FIELDS,
     RESULTS,
     TASKS,
@@ -50,8 +51,8 @@ def make_entries(
     """Makes the entries of result files.
 
     Numbers come from the files, and from those that are in the same entry already:
-    other seeds. What they do not say is taken from ``words``, else from the entry that
-    is there already, else from the config.
+    other seeds, or the demo's accuracy. What they do not say is taken from ``words``,
+    else from the entry that is there already, else from the config.
 
     Args:
         paths: Result files, or folders of them.
@@ -72,7 +73,7 @@ def make_entries(
     partners = sources_of([old[name] for name in names & set(old)], root)
     files = sorted({*files, *filter(Path.is_file, partners)})
     records = {path: read_raw(path) for path in files}
-    groups = _group(files, root)
+    groups = _group(records, root)
     made = {}
     for name, sources in groups.items():
         before = old.get(name, {})
@@ -142,12 +143,25 @@ def _result_files(paths: Iterable[Path], root: Path) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _group(paths: Iterable[Path], root: Path) -> dict[str, list[Path]]:
-    """Files of each entry, by its name."""
+def _group(records: dict[Path, dict], root: Path) -> dict[str, list[Path]]:
+    """Files of each entry, by its name; results of the demo join the two schemes."""
     groups: dict[str, list[Path]] = {}
-    for path in paths:
-        groups.setdefault(entry_name(path, root), []).append(path)
+    demos = [path for path, record in records.items() if raw_kind(record) == 'demo']
+    for path, record in records.items():
+        if path not in demos:
+            groups.setdefault(entry_name(path, root), []).append(path)
+        if _is_of_demo(record) and record['scheme'] in ('end-to-end', 'local'):
+            groups[entry_name(path, root)] += demos
+    if demos and not any(set(demos) <= set(group) for group in groups.values()):
+        raise EntryError(
+            f'{demos[0]} has accuracy only: add it together with the folder that '
+            f'the tool benchmark wrote for {DEMO_CONFIG}.'
+        )
     return groups
+
+
+def _is_of_demo(record: dict) -> bool:
+    return raw_kind(record) == 'step' and record['config'] == DEMO_CONFIG
 
 
 def entry_name(path: Path, root: Path) -> str:

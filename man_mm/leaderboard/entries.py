@@ -2,7 +2,8 @@
 
 An entry is a JSON file ``benchmarks/results/<task>/<id>.json``, described by
 ``benchmarks/entry.schema.json``. A measured one names its sources: one record of
-`benchmark`, or the runs of one entry of `compare`, one for each seed.
+`benchmark` (with results of `demo`, if there are any, for the
+accuracy), or the runs of one entry of `compare`, one for each seed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ _COSTS = {
     'time': lambda entry: (entry.get('step_seconds') or {}).get('median'),
     'flops': lambda entry: entry.get('flops'),
 }
+DEMO_CONFIG = 'configs/man/retinanet_r18_man_demo.py'  # trained by `demo`
+_SCHEME_OF_DEMO = {'local': 'local learning'}
 
 
 class EntryError(ValueError):
@@ -89,15 +92,17 @@ def read_raw(path: Path) -> dict:
         raise EntryError(f'{path} does not exist.')
     record = _read_json(path)
     if not isinstance(record, dict) or not raw_kind(record):
-        raise EntryError(f'{path} was not written by benchmark or compare.')
+        raise EntryError(f'{path} was not written by benchmark, compare or demo.')
     return record
 
 
 def raw_kind(record: dict) -> str | None:
-    """What a result file is: ``'step'``, ``'run'``, or None of these."""
+    """What a result file is: ``'step'``, ``'run'``, ``'demo'``, or None of these."""
     if 'scheme' in record and 'seconds' in record:
         return 'step'
-    return 'run' if 'curves' in record and 'metrics' in record else None
+    if 'curves' in record and 'metrics' in record:
+        return 'run'
+    return 'demo' if 'results' in record and 'seed' in record else None
 
 
 def derive(records: Sequence[dict]) -> dict:
@@ -112,15 +117,20 @@ def derive(records: Sequence[dict]) -> dict:
     Raises:
         EntryError: If the sources do not belong to one entry.
     """
-    kinds = [raw_kind(record) for record in records]
-    if kinds == ['step']:
-        return _from_step(records[0])
-    if not kinds or set(kinds) != {'run'}:
+    by_kind = {
+        kind: [record for record in records if raw_kind(record) == kind]
+        for kind in ('step', 'run', 'demo')
+    }
+    runs = by_kind['run']
+    if runs and len(runs) == len(records):
+        return _from_runs(runs)
+    if len(by_kind['step']) != 1 or runs:
         raise EntryError(
-            'an entry comes from one record of the tool benchmark, or from runs of '
-            'compare'
+            'an entry comes from one record of the tool benchmark, with or without '
+            'results of demo, or from runs of compare'
         )
-    return _from_runs(records)
+    (step,) = by_kind['step']
+    return _from_step(step) | dict(metrics=_metrics_of_demo(by_kind['demo'], step))
 
 
 def _from_step(record: dict) -> dict:
@@ -151,7 +161,6 @@ def _from_step(record: dict) -> dict:
         flops=record['flops'],
         step_seconds=_times(seconds) if seconds else None,
         exactness=dict(distance=record['exactness'], reference=record['reference']),
-        metrics={},
         **_provenance(record),
         command=record['command'],
     )
@@ -179,6 +188,19 @@ def overrides(record: dict) -> list[str]:
 def _provenance(record: dict) -> dict:
     keys = ('versions', 'hardware', 'commit', 'date')
     return {key: record.get(key) for key in keys}
+
+
+def _metrics_of_demo(records: Sequence[dict], step: dict) -> dict:
+    if records and step['config'] != DEMO_CONFIG:
+        raise EntryError(f'the tool demo trains {DEMO_CONFIG}, not {step["config"]}')
+    name = _SCHEME_OF_DEMO.get(step['scheme'], step['scheme'])
+    rows = {record['seed']: record['results'].get(name) for record in records}
+    if not all(rows.values()):
+        raise EntryError(f'the tool demo has no results of {step["scheme"]!r}')
+    keys = ('mAP', 'AP50') if rows else ()
+    return {
+        key: _metric({seed: row[key] for seed, row in rows.items()}) for key in keys
+    }
 
 
 def _from_runs(records: Sequence[dict]) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -95,6 +96,26 @@ def _probes(folder: Path) -> list[str]:
     return table_lines(columns, (f'| {" | ".join(row)} |' for row in rows))
 
 
+def _demo(folder: Path) -> list[str]:
+    """Results of `demo` by seed, their mean and spread."""
+    paths = sorted(folder.glob('digits_*.json'))
+    records = [json.loads(path.read_text('utf-8')) for path in paths]
+    rows = []
+    for record in records:
+        for scheme, row in record['results'].items():
+            cells = f'{row["mAP"]:.3f} | {row["AP50"]:.3f}'
+            rows.append(f'| {record["seed"]} | {scheme} | {cells} |')
+    for scheme in records[0]['results']:
+        cells = []
+        for key in ('mAP', 'AP50'):
+            values = [record['results'][scheme][key] for record in records]
+            cells.append(
+                f'{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}'
+            )
+        rows.append(f'| mean | {scheme} | {cells[0]} | {cells[1]} |')
+    return table_lines('| seed | | mAP | AP50 |', rows, left=2)
+
+
 def _card_records(folder: Path) -> list[tuple[str, dict]]:
     paths = sorted(folder.glob('*.json'))
     return [(path.stem, json.loads(path.read_text('utf-8'))) for path in paths]
@@ -125,6 +146,7 @@ KINDS: dict[str, Callable] = {
     'training': _training,
     'rates': _rates,
     'probes': _probes,
+    'demo': _demo,
     'pipeline': _pipeline,
     'predictions': _predictions,
     'cards': _cards,

@@ -18,7 +18,7 @@ from man_mm.engine.config_files import load_config
 from man_mm.measure import uncomputed
 
 GIB = 2**30
-CONFIG, SIZE, BATCH = 'configs/man/retinanet_r18_man_scenes.py', (64, 96), 2
+DEMO, SIZE, BATCH = 'configs/man/retinanet_r18_man_demo.py', (64, 96), 2
 SLOW = {
     'classifier': ('configs/man/resnet32_k4_man_fashion.py', (14, 14), 16),
     'faster_rcnn': ('configs/man/faster_rcnn_r18_man_scenes.py', (96, 128), 2),
@@ -61,7 +61,7 @@ def test_an_op_that_is_forgotten_is_an_error(monkeypatch):
 
     monkeypatch.setattr(uncomputed, '_zeros_like', half)
     with pytest.raises((AssertionError, RuntimeError)):
-        check_needs(CONFIG, SIZE, BATCH)
+        check_needs(DEMO, SIZE, BATCH)
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_the_smallest_card_leaves_room_for_what_is_no_tensor():
 
 def test_the_tool_writes_config_picture_and_record(tmp_path, capsys):
     out, picture, record = (tmp_path / x for x in ('new.py', 'a.png', 'b.json'))
-    arguments = [CONFIG, '--size', *SIZE, '--batch', BATCH, '--out', out]
+    arguments = [DEMO, '--size', *SIZE, '--batch', BATCH, '--out', out]
     arguments += ['--picture', picture, '--record', record, '--check']
     run_script('plan_partition', *arguments)
     shown = capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_stock_configs_get_local_learning(tmp_path, capsys):
 )
 def test_what_cannot_be_asked_is_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit, match=message):
-        run_script('plan_partition', CONFIG, '--size', 32, 32, *arguments)
+        run_script('plan_partition', DEMO, '--size', 32, 32, *arguments)
     capsys.readouterr()
 
 
@@ -190,7 +190,7 @@ def test_what_is_known_of_gpus_is_told():
     assert known == 3.8  # GB, two images of 800 x 1333
     assert published_memory('mmdet::retinanet/no_such_config.py') is None
     assert published_memory('mmpretrain::resnet/resnet18_8xb16_cifar10.py') is None
-    assert published_memory(CONFIG) is None
+    assert published_memory(DEMO) is None
 
 
 def test_crowded_images_need_more():

@@ -18,7 +18,7 @@ from man_mm.engine.config_files import load_config
 from man_mm.measure.peaks import PlannedModule
 from man_mm.measure.synthetic_batch import synthetic_batch
 
-CONFIG = 'configs/man/retinanet_r18_man_scenes.py'
+DEMO = 'configs/man/retinanet_r18_man_demo.py'
 GREY = 'configs/man/resnet32_k4_man_fashion.py'  # images of one channel
 # So large that the temporaries of AdamW, which nobody predicts, set no peak.
 SIZE = ['--size', '96', '128', '--batch', '16']
@@ -30,7 +30,7 @@ def test_the_planner_writes_a_config_that_trains(tmp_path):
     command = [
         sys.executable,
         'tools/analysis_tools/plan_partition.py',
-        CONFIG,
+        DEMO,
         *map(str, options),
     ]
     done = subprocess.run([*command, '--check'], capture_output=True, text=True)
@@ -42,8 +42,8 @@ def test_the_planner_writes_a_config_that_trains(tmp_path):
     assert len(partition.cuts) == 2
     for cut in partition.cuts:
         assert f"        '{cut}',\n" in done.stdout
-    base = load_config(CONFIG)
-    base.optim_wrapper.local_learning.partition = partition
+    base = load_config(DEMO)
+    base.optim_wrapper.local_learning = dict(partition=partition)
     assert cfg.to_dict() == base.to_dict()
 
     torch.manual_seed(0)
@@ -70,13 +70,13 @@ def test_images_have_the_channels_that_the_network_takes(capsys):
     ('config', 'option', 'message'),
     [
         (
-            CONFIG,
+            DEMO,
             '--memory-budget=1MiB',
             r'partition.memory_budget is 1048576 bytes, but no partition needs less '
             r'than \d+ \([\d.]+ MiB\): \d+ bytes \([\d.]+ MiB\) too many\.',
         ),
         (
-            'configs/end_to_end/retinanet_r18_scenes.py',
+            'configs/end_to_end/retinanet_r18_demo.py',
             '--num-modules=2',
             "optim_wrapper.type is 'OptimWrapper', with which local learning would be",
         ),

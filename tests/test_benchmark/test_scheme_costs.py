@@ -13,7 +13,7 @@ from man_mm.benchmark import scheme_costs, schemes, training_steps
 from man_mm.benchmark.records import make_records
 from man_mm.benchmark.scheme_pictures import draw_pictures
 
-CONFIG = 'configs/man/retinanet_r18_man_scenes.py'
+CONFIG = 'configs/man/retinanet_r18_man_demo.py'
 SHAPE = (2, 3, 64, 64)
 NARROW = ['model.backbone.base_channels=8', 'model.neck.in_channels=[8,16,32,64]']
 RATIOS = ('peak_ratio', 'time_ratio', 'flops_ratio')
@@ -58,7 +58,7 @@ def tools():
 
 @pytest.fixture
 def cfg():
-    """A detector without clipping, its norms frozen: it allows everything."""
+    """The demo with frozen norms and without clipping, so that it allows everything."""
     cfg = Config.fromfile(CONFIG)
     cfg.model.backbone.norm_eval = True
     cfg.optim_wrapper.optimizer = dict(type='SGD', lr=0.01, momentum=0.9)
@@ -130,7 +130,7 @@ def test_schemes_do_not_touch_each_other(tools, cfg):
 
 def test_stock_configs_can_be_trained_locally(tools, cfg):
     """A config without local learning gets what the README tells to add."""
-    stock = Config.fromfile('configs/end_to_end/retinanet_r18_scenes.py')
+    stock = Config.fromfile('configs/end_to_end/retinanet_r18_demo.py')
     local = tools.schemes.parse_scheme('local')
     built = tools.schemes.scheme_config(stock, local, SHAPE)
     assert built.optim_wrapper.constructor.endswith(cfg.optim_wrapper.constructor)
@@ -271,7 +271,7 @@ def test_benchmark_compares_the_schemes(tmp_path, capsys):
     shown = run_main(capsys, CONFIG, *arguments)
     for left_out in ('efficient', 'checkpointing+efficient', 'in-backward'):
         assert f"left out: Scheme 'end-to-end+{left_out}': " in shown
-    folder = out / 'retinanet_r18_man_scenes_64x64_b2'
+    folder = out / 'retinanet_r18_man_demo_64x64_b2'
     records = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
     assert len(records) == len(list(out.rglob('*.json'))) == 8
     for record in records.values():

@@ -10,7 +10,7 @@ from scripts import run_script
 from man_mm.benchmark import stage_probes as tool
 
 STAGES = [f'backbone.layer{stage}' for stage in (1, 2, 3, 4)]
-DETECTOR = 'configs/end_to_end/retinanet_r34_demo.py'
+DETECTOR = 'configs/end_to_end/retinanet_r18_demo.py'
 
 
 @pytest.fixture
@@ -19,8 +19,6 @@ def detector(tmp_path):
     from man_mm.datasets.make_digits import make_digits
 
     cfg = tool.load_config(DETECTOR)
-    cfg.model.backbone.update(depth=18, base_channels=32)
-    cfg.model.neck.in_channels = [32, 64, 128, 256]
     out = make_digits(tmp_path / 'digits', num_train=1, num_val=12, size=64)
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.data_root = f'{out}/'

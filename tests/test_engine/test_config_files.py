@@ -7,19 +7,19 @@ import pytest
 from man_mm.engine import config_files
 from man_mm.engine.config_files import find_config, load_config, shipped_folder
 
-CONFIG = 'configs/man/retinanet_r18_man_scenes.py'
+DEMO = 'configs/man/retinanet_r18_man_demo.py'
 
 
 def test_a_config_of_this_package_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = find_config(CONFIG)
-    assert found == shipped_folder() / CONFIG and found.is_file()
-    assert load_config(CONFIG, ['train_cfg.max_iters=3']).train_cfg.max_iters == 3
+    found = find_config(DEMO)
+    assert found == shipped_folder() / DEMO and found.is_file()
+    assert load_config(DEMO, ['train_cfg.max_iters=3']).train_cfg.max_iters == 3
     # One in the current folder comes first.
-    own = tmp_path / CONFIG
+    own = tmp_path / DEMO
     own.parent.mkdir(parents=True)
     own.write_text('x = 1')
-    assert find_config(CONFIG) == Path(CONFIG)
+    assert find_config(DEMO) == Path(DEMO)
 
 
 def test_a_config_that_is_nowhere(tmp_path, monkeypatch):

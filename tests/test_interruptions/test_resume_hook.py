@@ -27,9 +27,7 @@ def digits(tmp_path_factory):
 
 def run(kind, digits, work_dir, stop=None, workers=0, **overrides):
     """Trains five iterations, or until it is stopped; resumes what was there."""
-    cfg = Config.fromfile('configs/man/retinanet_r34_man_demo.py')
-    cfg.model.backbone.base_channels = 8
-    cfg.model.neck.in_channels = [8, 16, 32, 64]
+    cfg = Config.fromfile('configs/man/retinanet_r18_man_demo.py')
     if kind == 'faster_rcnn':
         small = detector_config(kind, 18)
         cfg.model = small.model

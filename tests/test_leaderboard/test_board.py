@@ -16,6 +16,7 @@ from man_mm.leaderboard.adding import make_entries
 from man_mm.leaderboard.charts import nice_ticks
 from man_mm.leaderboard.documents import update_metafile
 from man_mm.leaderboard.entries import (
+    DEMO_CONFIG,
     EntryError,
     compare_with_baseline,
     derive,
@@ -251,6 +252,7 @@ def test_results_on_cuda_have_bytes_of_the_allocator(root):
         (['add', f'benchmarks/results/{STEP}', '--set', 'batch=9'], 'says itself what'),
         (['add', f'benchmarks/results/{STEP}', '--set', 'batch'], 'write KEY=VALUE'),
         (['add', f'benchmarks/results/{STEP}', '--set', 'colour=1'], 'unexpected'),
+        (['add', 'benchmarks/results/digits_seed0.json'], 'has accuracy only'),
         (
             ['add', 'benchmarks/results/alone'],
             "'end-to-end' was not measured beside it",
@@ -259,12 +261,13 @@ def test_results_on_cuda_have_bytes_of_the_allocator(root):
         (['add', 'task.json'], "task: 'golf' is not one of"),
     ],
 )
-def test_what_cannot_be_added_is_refused(root, capsys, arguments, message):
+def test_what_cannot_be_added_is_refused(root, request, capsys, arguments, message):
     for name in ('outside', 'benchmarks/results/empty', 'benchmarks/results/other'):
         Path(name).mkdir()
     shutil.copytree(RESULTS / STEP, RESULTS / 'alone')
     (RESULTS / 'alone/end-to-end.json').unlink()
     (RESULTS / 'other/a.json').write_text('{"a": 1}')
+    shutil.copy(request.config.rootpath / RESULTS / 'digits_seed0.json', RESULTS)
     Path('bad.json').write_text('{"kind": "reported", "task": "detection"}')
     Path('task.json').write_text('{"kind": "reported", "task": "golf"}')
     before = {path: path.read_text() for path in read_entries(root)}
@@ -293,17 +296,28 @@ def test_times_that_are_not_used_stay_unused(root):
     assert board.validate(root) == []
 
 
-def test_adding_a_part_keeps_the_other_sources_of_an_entry(root):
-    runs = sorted(RESULTS.glob(f'training/{RUNS}/man_seed*.json'))
-    assert len(load(MAN)['sources']) == len(runs) > 1
+def test_adding_a_part_keeps_the_other_sources_of_an_entry(root, request):
+    demo, seeds = DEMO_CONFIG.split('/')[-1][:-3], range(3)
+    digits = [RESULTS / f'digits_seed{seed}.json' for seed in seeds]
+    names = [*digits, *RESULTS.glob(f'training/{RUNS}/*.json')]
+    step = RESULTS / f'{demo}_96x96_b16'
+    shutil.copytree(request.config.rootpath / step, step)
+    for path in digits:
+        shutil.copy(request.config.rootpath / path, path)
+    made = board.add([step, *digits], root)
+    local = RESULTS / f'detection/{step.name}-local.json'
+    assert local in made and load(local)['metrics']['mAP']['seeds'] == list(seeds)
+
     before = {path: path.read_text() for path in read_entries(root)}
-    for part in ([runs[-1]], [RESULTS / STEP], []):
+    for part in ([step], [names[-1]], [RESULTS / STEP], []):
         board.add(part, root)
         after = {path: path.read_text() for path in read_entries(root)}
         assert after == before, part
 
-    edit(MAN, sources=[f'training/{RUNS}/{runs[0].name}'])  # control
-    assert any('metrics' in error for error in board.validate(root))
+    sources = [f'{STEP}/local.json', *(path.name for path in digits)]
+    edit(LOCAL, sources=sources)
+    (error,) = board.validate(root)
+    assert f'the tool demo trains {DEMO_CONFIG}, not' in error
 
 
 def test_sources_of_different_entries_do_not_mix():

@@ -15,7 +15,7 @@ from scripts import TOOLS
 
 MIM = [Path(sys.executable).with_name('mim'), 'run', 'man_mm']
 MODULE = [sys.executable, '-m', 'man_mm']
-DEMO = 'configs/man/retinanet_r34_man_demo.py'  # one that is installed
+DEMO = 'configs/man/retinanet_r18_man_demo.py'  # one that is installed
 SIZE = ['--size', '64', '64', '--batch', '2']
 
 

@@ -1,25 +1,23 @@
-# RetinaNet-R34 of three quarters of its width, on the built-in digits (make_digits),
-# from scratch.
+# A small RetinaNet on the built-in digits (make_digits), from scratch.
 _base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 
 model = dict(
     backbone=dict(
-        depth=34,
-        base_channels=48,
+        base_channels=32,
         frozen_stages=-1,
         norm_eval=False,
         init_cfg=None,
     ),
     neck=dict(
-        in_channels=[48, 96, 192, 384],
-        out_channels=96,
+        in_channels=[32, 64, 128, 256],
+        out_channels=64,
         num_outs=3,
         norm_cfg=dict(type='GN', num_groups=16),
     ),
     bbox_head=dict(
         num_classes=10,
-        in_channels=96,
-        feat_channels=96,
+        in_channels=64,
+        feat_channels=64,
         stacked_convs=2,
         norm_cfg=dict(type='GN', num_groups=16),
         anchor_generator=dict(
@@ -73,24 +71,22 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
-max_iters = 250
+max_iters = 400
 train_cfg = dict(
-    _delete_=True,
-    type='IterBasedTrainLoop',
-    max_iters=max_iters,
-    val_interval=max_iters,
+    _delete_=True, type='IterBasedTrainLoop', max_iters=max_iters, val_interval=400
 )
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=2e-3, weight_decay=0.05),
+    clip_grad=dict(max_norm=10),
 )
 param_scheduler = [
     dict(type='OneCycleLR', eta_max=2e-3, total_steps=max_iters, by_epoch=False)
 ]
 
 default_hooks = dict(
-    logger=dict(interval=10),
-    checkpoint=dict(by_epoch=False, interval=50, max_keep_ckpts=1),
+    logger=dict(interval=20),
+    checkpoint=dict(by_epoch=False, interval=200, max_keep_ckpts=2),
 )
-log_processor = dict(by_epoch=False, window_size=10)
+log_processor = dict(by_epoch=False, window_size=20)
 randomness = dict(seed=0)
 env_cfg = dict(dist_cfg=dict(backend='gloo'))

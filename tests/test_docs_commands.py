@@ -167,8 +167,11 @@ def check_local_learning(cfg):
 
 
 def check_make(words, _parse):
-    targets = re.findall(r'^(\w+):', Path('Makefile').read_text(), re.MULTILINE)
-    assert set(words) <= set(targets)
+    makefile = Path('Makefile').read_text()
+    targets = re.findall(r'^(\w+):', makefile, re.MULTILINE)
+    settings = re.findall(r'^(\w+ )\?=', makefile, re.MULTILINE)
+    known = {*targets, *(setting.strip() for setting in settings)}
+    assert {word.partition('=')[0] for word in words} <= known
 
 
 def check_pip(words, _parse):
@@ -203,6 +206,7 @@ def test_commands_exist(parse):
         'optim_wrapper.type=man_mm.LocalLearningOptimWrapper '
         'optim_wrapper.local_learning.no_such_key=1',
         'make no_such_target',
+        'make test NO_SUCH_SETTING=1',
         "pip install '.[no_such_extra]'",
         'pytest tests/no_such_test.py',
         'no_such_program',

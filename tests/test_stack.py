@@ -129,6 +129,8 @@ def test_one_warning_names_all_problems(tmp_path, monkeypatch):
             (info / 'METADATA').write_text(f'Name: {distribution}\nVersion: 2.0\n')
             (info / 'RECORD').write_text(f'{name}/__init__.py,,\n')
     monkeypatch.syspath_prepend(tmp_path)
+    for name in ('mmcv', 'mmdet'):  # which other tests may have imported
+        monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.warns(UserWarning) as caught:
         stack.check_stack()
     (message,) = [str(x.message) for x in caught]

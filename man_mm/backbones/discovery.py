@@ -8,10 +8,9 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from man_mm.core import Unit
-from man_mm.core.returned import sizes_of
+from man_mm.core.returned import sizes_of, tensors_in
 
 from .token_maps import AsMap, map_kind, same_map
 from .trace import Call, Trace, recording
@@ -44,7 +43,7 @@ def discover_units(backbone: nn.Module, image: Tensor) -> list[Unit]:
     """
     trace = Trace(image, backbone.parameters())
     with torch.no_grad(), recording(backbone, trace), trace:
-        outputs = [x for x in tree_leaves(backbone(image)) if isinstance(x, Tensor)]
+        outputs = tensors_in(backbone(image))
     if not outputs:
         return []
     path = trace.ancestors(outputs[-1])

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from man_mm.core.returned import tensor_of
+from man_mm.core.returned import tensor_of, tensors_in
 
 from .token_maps import map_kind
 
@@ -138,13 +137,13 @@ class Trace(TorchDispatchMode):
         self._derived = {id(image), *self._params}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
+        given = tensors_in((args, kwargs or {}))
         result = func(*args, **(kwargs or {}))
         reads = [id(x) for x in given if id(x) in self._derived]
         operation = _Operation(reads, func.is_view or func in _COPIES)
         if operation.reads:
             changed = func._schema.is_mutable
-            made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+            made = tensors_in(result)
             for tensor in made:
                 if changed or not any(tensor is x for x in given):
                     operation.writes.append(id(tensor))

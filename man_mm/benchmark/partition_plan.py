@@ -20,6 +20,7 @@ from man_mm.core.partition import Measure
 from man_mm.engine import LocalLearningOptimWrapperConstructor, build_learner
 from man_mm.engine.config_files import find_config, load_config
 from man_mm.engine.constructor import LEARNER_OPTIONS
+from man_mm.engine.options import has_heads
 from man_mm.engine.quiet import quiet
 from man_mm.measure import BalancedPartition
 from man_mm.measure.model_costs import measure_units, with_boundaries
@@ -62,7 +63,7 @@ def make_measure(
 
     if options['end_to_end_from'] is None:
         return measure
-    return with_boundaries(measure, options['local_loss_weight'] > 0)
+    return with_boundaries(measure, has_heads(options))
 
 
 def end_to_end(measure: Measure, shape: tuple[int, ...]) -> PlannedModule:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .returned import tensors_in
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -100,13 +102,13 @@ class Between(TorchFunctionMode):
                 _Place, lambda place: values[place.number], operation.args
             )
             result = operation.function(*args, **kwargs)
-            values.update(zip(operation.made, _tensors(result), strict=True))
+            values.update(zip(operation.made, tensors_in(result), strict=True))
         return values[self._entered]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = tree_map_only(Tensor, self._place, (args, kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        made = _tensors(result)
+        made = tensors_in(result)
         if made and any(isinstance(x, _Place) for x in tree_leaves(given)):
             self._kept += made
             for tensor in made:
@@ -164,7 +166,3 @@ class Branch:
         if self._between is not None:
             self._between.stop()
         self._output = self._between = None
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(result) if isinstance(x, Tensor)]

@@ -5,6 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a value, however nested.
+
+    Args:
+        value: What was returned, or handed over.
+    """
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
 def tensor_of(output: Any) -> Any:

@@ -34,7 +34,7 @@ from .fully_sharded_model import FullyShardedModel
 from .loss_patches import loss_patches
 from .memory_patches import compression_patches, fold_patches, recompute_patches
 from .optim_wrapper import LocalLearningOptimWrapper
-from .options import check_paramwise, complete_options
+from .options import check_paramwise, complete_options, has_heads
 from .sliced_overlaps import slice_overlaps
 
 LEARNER_OPTIONS = (
@@ -149,7 +149,7 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         )
         learner = build_learner(
             model,
-            with_heads=share != 0 or weight > 0,
+            with_heads=has_heads(self.options),
             keeps_boundaries=share is not None,
             **options,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from mmengine.logging import print_log
@@ -79,11 +79,23 @@ def optimizer_limited_to(
         params: The parameters.
     """
     chosen = set(params)
+    with _with_groups_of(
+        optimizer,
+        [[p for p in g['params'] if p in chosen] for g in optimizer.param_groups],
+    ):
+        yield
+
+
+@contextmanager
+def _with_groups_of(
+    optimizer: optim.Optimizer, params: Sequence[list[nn.Parameter]]
+) -> Iterator[None]:
+    """Gives each group of an optimizer other parameters, and hides empty groups."""
     groups = optimizer.param_groups
     everything = [group['params'] for group in groups]
     try:
-        for group in groups:
-            group['params'] = [p for p in group['params'] if p in chosen]
+        for group, some in zip(groups, params, strict=True):
+            group['params'] = some
         optimizer.param_groups = [group for group in groups if group['params']]
         yield
     finally:
@@ -113,25 +125,19 @@ def in_parts(
     alike = {key for key, value in whole.items() if _is_split_like(value, param)}
     common = {key: value for key, value in whole.items() if key not in alike}
     count = max(nbytes * len(param) // param.nbytes, 1)
-    groups = optimizer.param_groups
-    (group,) = (g for g in groups if any(p is param for p in g['params']))
-    everything = group['params']
-    optimizer.param_groups = [group]
+    holders = [param in set(group['params']) for group in optimizer.param_groups]
     after = common
-    try:
-        for start in range(0, len(param), count):
-            rows = slice(start, start + count)
-            part = nn.Parameter(param.detach()[rows])
-            part.grad = param.grad[rows]
-            group['params'] = [part]
-            if whole:
-                # Each part counts its step by itself.
-                state[part] = copy.deepcopy(common)
-                state[part].update({key: whole[key][rows] for key in alike})
+    for start in range(0, len(param), count):
+        rows = slice(start, start + count)
+        part = nn.Parameter(param.detach()[rows])
+        part.grad = param.grad[rows]
+        if whole:
+            # Each part counts its step by itself.
+            state[part] = copy.deepcopy(common)
+            state[part].update({key: whole[key][rows] for key in alike})
+        with _with_groups_of(optimizer, [[part] if held else [] for held in holders]):
             yield part
-            after = state.pop(part, common)
-    finally:
-        optimizer.param_groups, group['params'] = groups, everything
+        after = state.pop(part, common)
     whole.update({key: after[key] for key in common})
 
 

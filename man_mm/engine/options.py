@@ -69,6 +69,15 @@ def complete_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return options
 
 
+def has_heads(options: Mapping[str, Any]) -> bool:
+    """Whether any step has local losses, and so needs auxiliary heads.
+
+    Args:
+        options: From `complete_options`.
+    """
+    return options['end_to_end_from'] != 0 or options['local_loss_weight'] > 0
+
+
 def check_paramwise(paramwise: Mapping[str, Any] | None, given: Mapping) -> None:
     """Refuses to lose options that are meant for another constructor.
 

@@ -4,6 +4,7 @@ import pytest
 
 from man_mm.benchmark.card_needs import Counter
 from man_mm.engine.config_files import load_config
+from man_mm.engine.options import has_heads
 from man_mm.measure import peaks
 from man_mm.measure.peaks import exact_costs
 from man_mm.measure.planner import plan_modules
@@ -67,3 +68,11 @@ def test_every_boundary_adds_to_all_later_modules():
     assert held == [0, 0, 2, 4]
     joint = exact_costs([unit, unit], with_heads=True)
     assert joint[0].head == 8 and joint[0].kept == 0
+
+
+@pytest.mark.parametrize(
+    ('share', 'weight', 'expected'),
+    [(None, 0.0, True), (0, 0.0, False), (0, 0.05, True), (0.5, 0.0, True)],
+)
+def test_heads_count_wherever_a_step_has_local_losses(share, weight, expected):
+    assert has_heads(dict(end_to_end_from=share, local_loss_weight=weight)) == expected

@@ -24,8 +24,8 @@ class CompressedActivations:
 
     Floating-point values are rounded stochastically in groups of 256 (ActNN, arXiv
     2104.14129), so that weights get their gradients plus noise. A storage is
-    compressed once, however many operations save it. Zeros stay zeros, and nothing
-    else becomes one: ReLUs pass on the same gradients as without.
+    compressed once, however many operations save it. Zeros of a ReLU stay zeros, and
+    nothing else becomes one: it passes on the same gradients as without.
 
     Weights, small tensors, integers, and what is saved inside `uncompressed` or in a
     checkpointed region stay as they are. What is still there in the backward pass for
@@ -59,13 +59,14 @@ class CompressedActivations:
         """
         # torch's generator decides, so that a resumed training goes on as before.
         self._seed = int(torch.randint(2**31, ()))
+        for noise in self._noise.values():
+            noise.restart(self._seed)
         self._latest = None
         try:
             with saved_tensors_hooks(self._pack, self._unpack):
                 yield
         finally:
             self._known.clear()
-            self._noise.clear()
 
     def _pack(self, tensor: Tensor) -> _Saved | _Kept:
         # Autograd hands over a view, without the graph.
@@ -103,7 +104,8 @@ class CompressedActivations:
 
     def _noise_on(self, device: torch.device) -> Noise:
         if device not in self._noise:
-            self._noise[device] = Noise(device, self._seed)
+            self._noise[device] = Noise(device)
+            self._noise[device].restart(self._seed)
         return self._noise[device]
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _GROUP = 256  # values that share an offset and a step
-# Values at a time: temporaries stay in the cache of each core, and PyTorch gives a
-# thread no fewer. A GPU has a price for each call.
-_CHUNK = 2**15
+# Values at a time: temporaries stay in the cache of each core, and few calls are made.
+# A GPU has a higher price for each call.
+_CHUNK = 2**17
 _CHUNK_ELSEWHERE = 2**22
+_PLACES = 2**16  # where a table of random numbers may be read
 # Steps are bfloat16, of 8 bits: rounded, they still reach the highest value.
 _MARGIN = 1 + 2**-7
-_ABOVE_ZERO = 2**-10  # of a step
+_ABOVE_LOW = 2**-10  # of a step
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -23,11 +26,11 @@ _TINY = torch.finfo(torch.float32).tiny
 class Codes:
     """Integers, and what they stand for in each group.
 
-    That is ``low + step * (code - 1)``. In groups with a positive ``low``, code 0 is 0.
+    That is ``low`` for code 0, and just above ``low + step * (code - 1)`` for others.
 
     Attributes:
         codes: Bytes ``(groups, 256)``, or ``(groups, 128)`` with two values each.
-        low: Value of code 1 ``(groups, 1)``.
+        low: Lowest value of each group ``(groups, 1)``.
         step: Distance of values ``(groups, 1)``.
         count: Number of values; the last group may have fewer.
         dtype: Of the values.
@@ -52,18 +55,21 @@ class Noise:
 
     Args:
         device: Where the numbers are.
-        seed: Seed of the numbers.
     """
 
-    def __init__(self, device: torch.device, seed: int) -> None:
-        generator = torch.Generator(device).manual_seed(seed)
-        size = 2 * chunk_size(device)
-        self._table = torch.rand(size, device=device, generator=generator)
+    def __init__(self, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        size = chunk_size(device) + _PLACES
+        self._table = torch.rand(size, device=device, generator=generator) + 1
+        self._random = random.Random(0)
+
+    def restart(self, seed: int) -> None:
+        """The places where the table is read from here on depend on `seed` alone."""
         self._random = random.Random(seed)
 
     def take(self, count: int) -> Tensor:
-        """Numbers from 0 to 1, excluding 1 ``(count,)``; at most half the table."""
-        start = self._random.randrange(len(self._table) // 2)
+        """Numbers from 1 to 2, excluding 2 ``(count,)``; at most a chunk."""
+        start = self._random.randrange(_PLACES)
         return self._table[start : start + count]
 
 
@@ -77,8 +83,8 @@ def chunk_size(device: torch.device) -> int:
 def quantize(values: Tensor, bits: int, noise: Noise) -> Codes:
     """Rounds each value to one of its two neighbours among those of its group.
 
-    Which one is drawn such that the expectation is the value itself. In groups without
-    negative values, zeros stay zeros, and nothing else becomes one.
+    Which one is drawn such that the expectation is the value itself. The lowest value
+    of a group stays as it is, and nothing else becomes it: so do the zeros of a ReLU.
 
     Args:
         values: Floating-point values ``(count,)``; if one is not finite, neither is
@@ -90,13 +96,13 @@ def quantize(values: Tensor, bits: int, noise: Noise) -> Codes:
         >>> import torch
         >>> from man_mm.core.quantization import Noise, dequantize, quantize
         >>> values = torch.linspace(0, 1, 1000)
-        >>> codes = quantize(values, 8, Noise(values.device, seed=0))
+        >>> codes = quantize(values, 8, Noise(values.device))
         >>> codes.nbytes  # of 4000
         1048
         >>> float((dequantize(codes) - values).abs().max()) < 1 / 250
         True
     """
-    count, steps = len(values), 2**bits - 2
+    count = len(values)
     groups = -(-count // _GROUP)
     out = Codes(
         values.new_empty(groups, _GROUP * bits // 8, dtype=torch.uint8),
@@ -105,29 +111,12 @@ def quantize(values: Tensor, bits: int, noise: Noise) -> Codes:
         count,
         values.dtype,
     )
-    chunk = chunk_size(values.device)
-    for start in range(0, count, chunk):
-        some = values[start : start + chunk]
-        if missing := -len(some) % _GROUP:
-            some = torch.cat((some, some[-1:].expand(missing)))
-        some = some.view(-1, _GROUP)
-        first = start // _GROUP
-        rows = slice(first, first + len(some))
-        # `aminmax` takes six times as long on a CPU.
-        low, high = (f(1, keepdim=True).float() for f in (some.amin, some.amax))
-        out.step[rows] = (high - low) * (_MARGIN / steps)
-        step = out.step[rows].float()
-        # Next to zeros, code 1 is for what is just above.
-        out.low[rows] = low = torch.where(low == 0, step * _ABOVE_ZERO, low)
-        # A group of zeros has no step, and 0 * inf would be no number.
-        inverse = step.reciprocal().masked_fill_(step < _TINY, 0)
-        code = torch.addcmul(1 - low * inverse, some, inverse)
-        code += noise.take(code.numel()).view_as(code)
-        code = code.clamp_(1, steps + 1).to(torch.uint8).mul_(some > _bound(low))
-        if bits == 4:
-            front, back = code.split(_GROUP // 2, dim=1)
-            code = back.mul(16).add_(front)
-        out.codes[rows] = code
+    whole = count // _GROUP
+    _quantize_groups(values[: whole * _GROUP].view(whole, _GROUP), out, 0, noise)
+    if whole < groups:
+        rest = values[whole * _GROUP :]
+        rest = torch.cat((rest, rest[-1:].expand(_GROUP - len(rest))))
+        _quantize_groups(rest.view(1, _GROUP), out, whole, noise)
     return out
 
 
@@ -139,18 +128,54 @@ def dequantize(codes: Codes) -> Tensor:
     """
     groups, width = codes.codes.shape
     values = codes.low.new_empty(groups, _GROUP, dtype=codes.dtype)
-    rows = max(1, chunk_size(values.device) // _GROUP)
-    for start in range(0, groups, rows):
-        some = slice(start, start + rows)
+    step = codes.step.float()
+    below = codes.low - step * (1 - _ABOVE_LOW)
+    for some in _chunks(groups, values.device):
         code = codes.codes[some]
         if width < _GROUP:
             code = torch.cat((code & 15, code >> 4), dim=1)
-        low, step = codes.low[some], codes.step[some].float()
-        value = torch.addcmul(low - step, code.float(), step)
-        values[some] = torch.maximum(value, _bound(low), out=value)
+        # In place where it can be: fresh memory takes longer than all the rest.
+        is_exact = codes.dtype == torch.float32
+        value = values[some].copy_(code) if is_exact else code.float()
+        value.mul_(step[some]).add_(below[some])
+        torch.maximum(value, codes.low[some], out=value)
+        if not is_exact:
+            values[some] = value
     return values.view(-1)[: codes.count]
 
 
-def _bound(low: Tensor) -> Tensor:
-    """What the values of groups are not below ``(groups, 1)``."""
-    return torch.where(low > 0, 0.0, -torch.inf)
+def _quantize_groups(values: Tensor, out: Codes, first: int, noise: Noise) -> None:
+    """Writes the codes of whole groups ``(groups, 256)``, the first at row `first`."""
+    is_packed = out.codes.shape[1] < _GROUP
+    steps = (2**4 if is_packed else 2**8) - 2
+    rows = slice(first, first + len(values))
+    # `aminmax` takes many times as long on a CPU.
+    low, high = (f(1, keepdim=True).float() for f in (values.amin, values.amax))
+    out.low[rows] = low
+    out.step[rows] = (high - low) * (_MARGIN / steps)
+    step = out.step[rows].float()
+    # A group of equal values has no step, and 0 * inf would be no number.
+    inverse = step.reciprocal().masked_fill_(step < _TINY, 0)
+    size = min(len(values), chunk_size(values.device) // _GROUP)
+    scaled = low.new_empty(size, _GROUP)
+    # A float becomes a byte far sooner by way of 16 bits.
+    short = torch.empty_like(scaled, dtype=torch.int16)
+    for some in _chunks(len(values), values.device):
+        group = values[some]
+        value, code = scaled[: len(group)], short[: len(group)]
+        torch.sub(group, low[some], out=value).mul_(inverse[some])
+        # What is not above the lowest value ends below 1, which is code 0.
+        functional.threshold_(value, 0, -1.5)
+        value += noise.take(value.numel()).view_as(value)
+        code.copy_(value)
+        if is_packed:
+            front, back = code.split(_GROUP // 2, dim=1)
+            code = back.mul_(16).add_(front)
+        out.codes[rows][some] = code
+
+
+def _chunks(groups: int, device: torch.device) -> Iterator[slice]:
+    """Groups that are treated at a time."""
+    size = chunk_size(device) // _GROUP
+    for start in range(0, groups, size):
+        yield slice(start, start + size)

@@ -22,6 +22,7 @@ from man_mm.aux_heads.detector import (
     box_coder,
     find_levels,
     is_detector,
+    light_width,
     model_strides,
     num_classes,
 )
@@ -78,15 +79,43 @@ def test_levels(strides, levels):
     assert find_levels(strides) == levels
 
 
-def test_classes_come_from_whichever_head_knows_them():
-    def model(**heads):
-        model = nn.Module()
-        for name, attributes in heads.items():
-            head = nn.Module()
-            vars(head).update(attributes)
-            setattr(model, name, head)
-        return model
+def model(**heads):
+    """A model that has nothing but heads with these attributes."""
+    model = nn.Module()
+    for name, attributes in heads.items():
+        head = nn.Module()
+        vars(head).update(attributes)
+        setattr(model, name, head)
+    return model
 
+
+@pytest.mark.parametrize(
+    ('attributes', 'width'),
+    [
+        (dict(in_channels=256), 64),
+        (dict(in_channels=64), 32),
+        (dict(in_channels=1), 1),
+        (dict(embed_dims=96), 48),  # of queries
+        (dict(in_channels=[512, 256, 128]), 64),  # YOLOv3
+        ({}, 64),
+    ],
+)
+def test_a_light_head_is_half_as_wide_as_what_the_model_reads(attributes, width):
+    assert light_width(model(bbox_head=attributes)) == width
+
+
+@pytest.mark.parametrize('kind', ['MANDetHead', 'DGLDetHead'])
+@pytest.mark.parametrize(('channels', 'width'), [(None, 32), (16, 16)])
+def test_heads_follow_a_narrow_neck(kind, channels, width):
+    cfg = detector_config('retinanet', 18)
+    cfg.model.neck.out_channels = 64
+    cfg.model.bbox_head.update(in_channels=64, feat_channels=64)
+    head = dict(type=kind, channels=channels)
+    heads = build_wrapper(build_detector(cfg), aux_head=head).learner.heads
+    assert [head.detector.head.in_channels for head in heads] == [width] * len(heads)
+
+
+def test_classes_come_from_whichever_head_knows_them():
     assert num_classes(model(mask_head=dict(num_classes=5))) == 5
     panoptic = dict(num_classes=None, num_things_classes=80)
     assert num_classes(model(panoptic_head=panoptic)) == 80

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -150,17 +151,35 @@ def read_records(source: Path, configs: Sequence[str] = ()) -> list[dict]:
 
     def order(record: dict) -> tuple:
         keys = ('size', 'batch', 'device', 'position', 'scheme')
-        return configs.index(record['config']), *(record[key] for key in keys)
+        values = (record[key] for key in keys)
+        numbers = [int(x) for x in re.findall(r'\d+', setting(record))]
+        return configs.index(record['config']), numbers, *values
 
     return sorted(records, key=order)
 
 
+def setting(record: dict) -> str:
+    """What was trained: name of the config, and what was overridden in it.
+
+    Examples:
+        >>> from man_mm.benchmark.records import setting
+        >>> options = ['model.backbone.depth=34']
+        >>> setting(dict(config='configs/man/resnet18.py', options=options))
+        'resnet18, depth=34'
+    """
+    parts = [Path(record['config']).stem]
+    for option in record.get('options', ()):  # older records do not tell
+        key, _, value = option.partition('=')
+        parts.append(f'{key.rpartition(".")[2]}={value}')
+    return ', '.join(parts)
+
+
 def group_records(records: Iterable[dict]) -> dict[tuple, list[dict]]:
-    """Groups records that were measured together: config, size, batch, device."""
+    """Groups records that were measured together: setting, size, batch, device."""
 
     def key(record: dict) -> tuple:
         return (
-            record['config'],
+            setting(record),
             tuple(record['size']),
             record['batch'],
             record['device'],
@@ -172,8 +191,8 @@ def group_records(records: Iterable[dict]) -> dict[tuple, list[dict]]:
 def make_tables(records: Iterable[dict]) -> list[Table]:
     """Two tables for every config and batch: costs, and what the peaks consist of."""
     tables = []
-    for (config, size, batch, device), group in group_records(records).items():
-        title = f'{Path(config).stem}, {batch} x {size[0]}x{size[1]}, {device}'
+    for (name, size, batch, device), group in group_records(records).items():
+        title = f'{name}, {batch} x {size[0]}x{size[1]}, {device}'
         tables += [_cost_table(group, title), _kind_table(group, title)]
     return tables
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from .records import MIB, group_records, has_times
+from .records import MIB, group_records, has_times, setting
 
 COLOURS = {
     'end-to-end': 'tab:blue',
@@ -48,7 +49,7 @@ def draw_pictures(records: Sequence[dict], path: Path) -> list[Path]:
     if has_times(records):
         _draw_fronts(groups, path)
         drawn.append(path)
-    if len({(config, batch) for config, _, batch, _ in groups}) > 1:
+    if len({(name, batch) for name, _, batch, _ in groups}) > 1:
         growth = path.with_name(f'{path.stem}_growth{path.suffix}')
         _draw_growth(records, growth)
         drawn.append(growth)
@@ -65,7 +66,7 @@ def _draw_fronts(groups: dict[tuple, list[dict]], path: Path) -> None:
     axes = figure.subplots(rows, columns, squeeze=False)
     for panel in axes.flat[len(groups) :]:
         panel.set_axis_off()
-    for panel, ((config, size, batch, device), group) in zip(
+    for panel, ((name, size, batch, device), group) in zip(
         axes.flat, groups.items(), strict=False
     ):
         x, y = ([row[key] for row in group] for key in ('peak_ratio', 'time_ratio'))
@@ -83,7 +84,7 @@ def _draw_fronts(groups: dict[tuple, list[dict]], path: Path) -> None:
         panel.set(
             xlabel=f'peak memory, {base} = 1',
             ylabel=f'time of a step, {base} = 1',
-            title=f'{Path(config).stem}, {batch} × {size[0]}×{size[1]}, {device}',
+            title=f'{name}, {batch} × {size[0]}×{size[1]}, {device}',
         )
         panel.grid(alpha=0.3)
     canvas.draw()  # the layout is final now, so labels can be placed
@@ -182,23 +183,22 @@ def _boxes_around(
 
 
 def _draw_growth(records: Sequence[dict], path: Path) -> None:
-    """Peak and step time over the batch, a row for each config, or over configs."""
+    """Peak and step time over the batch, a row for each setting, or over settings."""
     batches = sorted({row['batch'] for row in records})
-    configs = list(dict.fromkeys(row['config'] for row in records))
+    settings = list(dict.fromkeys(setting(row) for row in records))
     over_batch = len(batches) > 1
-    rows = configs if over_batch else [None]
+    rows = settings if over_batch else [None]
     timed = has_times(records)
     size = (13 if timed else 8, 5.2 * len(rows))
     figure = Figure(figsize=size, layout='constrained', dpi=_DPI)
     axes = figure.subplots(len(rows), 1 + timed, squeeze=False)
-    for pair, config in zip(axes, rows, strict=True):
-        chosen = [row for row in records if config in (None, row['config'])]
-        names = list(dict.fromkeys(row['scheme'] for row in chosen))
-        styles = _styles(names)
-        for name in names:
-            line = [row for row in chosen if row['scheme'] == name]
+    for pair, shown in zip(axes, rows, strict=True):
+        chosen = [row for row in records if shown in (None, setting(row))]
+        lines = _lines(chosen)
+        styles = _styles(list(lines))
+        for name, line in lines.items():
             x = [
-                row['batch'] if over_batch else configs.index(row['config'])
+                row['batch'] if over_batch else settings.index(setting(row))
                 for row in line
             ]
             peaks = [row['peak'] / MIB for row in line]
@@ -214,10 +214,11 @@ def _draw_growth(records: Sequence[dict], path: Path) -> None:
             panel.grid(alpha=0.3)
             if over_batch:
                 panel.set(xlabel='images in a step', xticks=batches)
-                panel.set_title(Path(config).stem)
+                panel.set_title(shown)
             else:
-                stems = [Path(config).stem for config in configs]
-                panel.set_xticks(range(len(configs)), stems, rotation=15, ha='right')
+                panel.set_xticks(
+                    range(len(settings)), settings, rotation=15, ha='right'
+                )
         pair[-1].legend(
             *pair[0].get_legend_handles_labels(),
             loc='center left',
@@ -225,6 +226,22 @@ def _draw_growth(records: Sequence[dict], path: Path) -> None:
             fontsize=8,
         )
     figure.savefig(path)
+
+
+def _lines(records: Sequence[dict]) -> dict[str, list[dict]]:
+    """Records by scheme; one line for a scheme whose K grows with the network."""
+    lines: dict[str, list[dict]] = {}
+    for row in records:
+        lines.setdefault(re.sub(r'\+K=\d+', '+K', row['scheme']), []).append(row)
+    return {
+        name.replace('+K', f'+K={",".join(dict.fromkeys(_modules(line)))}'): line
+        for name, line in lines.items()
+    }
+
+
+def _modules(records: Sequence[dict]) -> list[str]:
+    """The values of K in the names of schemes, in order."""
+    return [k for row in records for k in re.findall(r'\+K=(\d+)', row['scheme'])]
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict]:

@@ -100,12 +100,14 @@ def _demo(folder: Path) -> list[str]:
     """Results of `demo` by seed, their mean and spread."""
     paths = sorted(folder.glob('digits_*.json'))
     records = [json.loads(path.read_text('utf-8')) for path in paths]
+    schemes = [name for name, row in records[0]['results'].items() if 'mAP' in row]
     rows = []
     for record in records:
-        for scheme, row in record['results'].items():
+        for scheme in schemes:
+            row = record['results'][scheme]
             cells = f'{row["mAP"]:.3f} | {row["AP50"]:.3f}'
             rows.append(f'| {record["seed"]} | {scheme} | {cells} |')
-    for scheme in records[0]['results']:
+    for scheme in schemes:
         cells = []
         for key in ('mAP', 'AP50'):
             values = [record['results'][scheme][key] for record in records]

@@ -13,7 +13,7 @@ def conv_block(
     """Convolution, norm and ReLU.
 
     GroupNorm by default: local heads must not depend on how many images a GPU holds.
-    Few groups: the coarsest maps have one location, and a group must not vanish.
+    Its groups: see `num_groups`.
 
     Args:
         in_channels: Channels of the input.
@@ -32,4 +32,13 @@ def conv_block(
 def _norm(kind: str, channels: int) -> nn.Module:
     if kind == 'BN':
         return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(math.gcd(8, channels), channels)
+    return nn.GroupNorm(num_groups(channels), channels)
+
+
+def num_groups(channels: int) -> int:
+    """Groups of a GroupNorm: 8, or fewer, such that each has at least four channels.
+
+    On maps of one location, which the coarsest ones are, fewer channels would have
+    hardly any variance, and one channel none: nothing would pass.
+    """
+    return math.gcd(channels, min(8, max(channels // 4, 1)))

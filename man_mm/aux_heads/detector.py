@@ -16,6 +16,7 @@ from man_mm.core import MemoryBank
 
 from .atss import Size, Targets, assign, make_level
 from .base import AuxSite, in_full_precision
+from .blocks import num_groups
 from .dense_losses import box_losses, class_loss
 from .pyramid import LocalPyramid
 
@@ -56,7 +57,7 @@ class LightDetector(nn.Module):
                 in_channels=channels,
                 feat_channels=channels,
                 stacked_convs=num_convs,
-                norm_cfg=dict(type='GN', num_groups=math.gcd(8, channels)),
+                norm_cfg=dict(type='GN', num_groups=num_groups(channels)),
                 anchor_generator=dict(
                     type='AnchorGenerator',
                     ratios=[1.0],

@@ -69,6 +69,7 @@ class ExactSteps:
         self._order: Iterator[tuple[SecondRun, str]] = iter(())
         self._next: tuple[SecondRun, str] | None = None
         self._grads: dict[str, Tensor] = {}
+        self._local: dict[str, list[Tensor]] = {}
         self._frozen: Maps = {}
         self._front: Front | None = None
         self._gap: Between | None = None
@@ -142,6 +143,7 @@ class ExactSteps:
         self._next = None
         self._front = None
         self._grads = {}
+        self._local = {}
         self._frozen = {}
         self.learner.forget()
 
@@ -209,7 +211,7 @@ class ExactSteps:
         entry = modules[module.index - 1].cut if module.index else ENTRY
         names = [name for name in (*run.ends, entry) if name in self._grads]
         grads = [self._grads.pop(name) for name in names]
-        losses, entered = [], []
+        early, entered = self._early(), []
         for index, images in enumerate(run.slices):
             x = run.x[images].detach()
             x.requires_grad_(module.index > 0 or front is not None)
@@ -219,8 +221,10 @@ class ExactSteps:
                 [grad[images] for grad in grads],
             )
             if self.weight and not module.is_last:
-                local = self._local_loss(run, outputs, images)
-                losses.append(local.detach())
+                if len(losses := self._local.setdefault(module.name, [])) > index:
+                    local = losses[index]  # back-propagated before
+                else:
+                    local = self._local_loss(run, outputs, images)
                 loss = loss + self.weight * local
                 del local
             del outputs
@@ -230,12 +234,28 @@ class ExactSteps:
             waits = front is not None and front.owner is module
             backward(loss, module, is_whole and not waits)
             del loss  # before the next slice needs the memory
+            if early is not None:
+                self.under_way = early.module
+                local = self._local_loss(early, {early.module.cut: x}, images)
+                backward(self.weight * local, early.module, False)
+                del local
+                self.under_way = module
             entered.append(x.grad)
-        if losses:
+        if losses := self._local.get(module.name):
             self.learner.losses[module.name] = sum(losses)
         if entered[0] is not None:
             whole = entered[0] if len(entered) == 1 else torch.cat(entered)
             self._grads[entry] = whole
+
+    def _early(self) -> SecondRun | None:
+        """The module before the one that runs again, if its head may run by now.
+
+        A head that reads nothing of its module but the boundary need not wait until
+        the module has run again, and is saving activations.
+        """
+        before = self._runs[-2] if self.weight and len(self._runs) > 1 else None
+        reads_cut_only = before is not None and before.ends == [before.module.cut]
+        return before if reads_cut_only else None
 
     def _local_loss(self, run: SecondRun, outputs: Maps, images: slice) -> Tensor:
         learner, index, count = self.learner, run.module.index, len(run.x)
@@ -256,4 +276,6 @@ class ExactSteps:
                 for name, map_ in learner.bank.items()
                 if readers(learner.heads, name, index - 1)
             }
-        return learner.local_loss(run.module, own, earlier, images, count)
+        loss = learner.local_loss(run.module, own, earlier, images, count)
+        self._local.setdefault(run.module.name, []).append(loss.detach())
+        return loss

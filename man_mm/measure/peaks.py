@@ -158,7 +158,9 @@ def _phases(costs: Sequence[UnitCost]) -> Iterator[Counter]:
     for cost in costs:
         yield Counter(saved=saved, gradients=given, temporaries=cost.forward)
         saved += cost.saved
-    yield Counter(saved=saved, gradients=given, head=end.head)
+    # In joint steps, a head that reads nothing but the boundary runs before.
+    is_early = given and not any(cost.ends_stage for cost in inner)
+    yield Counter(saved=given if is_early else saved, gradients=given, head=end.head)
     # Maps that others read, too, have gradients from the start of the backward pass.
     gradients = end.head_grads + sum(cost.output for cost in inner if cost.shared)
     for cost in reversed(costs):

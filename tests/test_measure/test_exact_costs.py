@@ -17,8 +17,8 @@ def counter():
     return Counter(load_config('configs/man/resnet50_man_imagenet.py'), SHAPE)
 
 
-def counted(counter, cuts):
-    need = counter.count('exact', 'exact', cuts)
+def counted(counter, cuts, kind='exact'):
+    need = counter.count(kind, kind, cuts)
     return need.peak - need.kinds['parameters'] - need.kinds['optimizer state']
 
 
@@ -26,6 +26,12 @@ def counted(counter, cuts):
 def test_peaks_of_exact_steps_are_predicted(counter, num_modules):
     plan = plan_modules(exact_costs(counter.costs), num_modules)
     assert plan.peak == pytest.approx(counted(counter, plan.cuts), rel=0.06)
+
+
+@pytest.mark.parametrize('num_modules', [2, 8])
+def test_peaks_of_joint_steps_are_predicted(counter, num_modules):
+    plan = plan_modules(exact_costs(counter.costs, with_heads=True), num_modules)
+    assert plan.peak == pytest.approx(counted(counter, plan.cuts, 'joint'), rel=0.06)
 
 
 @pytest.mark.parametrize('num_modules', [2, 4])
@@ -68,6 +74,17 @@ def test_every_boundary_adds_to_all_later_modules():
     assert held == [0, 0, 2, 4]
     joint = exact_costs([unit, unit], with_heads=True)
     assert joint[0].head == 8 and joint[0].kept == 0
+
+
+def test_heads_of_joint_steps_run_before_their_modules_save():
+    def kinds(**options):
+        first = peaks.UnitCost(('a',), saved=4, output=2, **options)
+        second = peaks.UnitCost(('b',), saved=4, output=2, head=8)
+        units = [first, second, peaks.UnitCost(('c',))]
+        return peaks.predict(exact_costs(units, with_heads=True), [2, 3]).modules[0]
+
+    assert kinds().kinds['saved'] == 2  # the boundary
+    assert kinds(ends_stage=True).kinds['saved'] == 8  # which the head reads as well
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,18 @@ def clip_norm(
         part = grad.to_local() if is_sharded(grad) else grad
         part.mul_(factor.to(part.device))
     return norm
+
+
+def free_parts(params: Iterable[Tensor]) -> None:
+    """Frees this process's parts of sharded parameters, which are of no use any more.
+
+    FSDP itself keeps whatever it has sharded once.
+
+    Args:
+        params: Parameters; those that are not sharded are left alone.
+    """
+    for param in filter(is_sharded, params):
+        param.to_local().untyped_storage().resize_(0)
 
 
 def shard_like(value: Any, param: Tensor) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ class FullyShardedModel(nn.Module):
             _fully_shard([head], options | self._policy)
         for child in _callable_children(self.module, learner.modules):
             _fully_shard([child], options | self._policy)
-            # Its backward pass gathers nothing but itself, least of all the last module,
+            # Its backward pass gathers nothing else, least of all the last module,
             # which waits for its own turn in steps that are end to end.
             if hasattr(child, 'set_modules_to_backward_prefetch'):
                 child.set_modules_to_backward_prefetch([child])
@@ -184,27 +185,21 @@ class FullyShardedModel(nn.Module):
             for module, own in zip(learner.modules, owned, strict=True)
         )
 
-    def gather(self, optim_wrapper: Any) -> dict[str, dict]:
+    def gather(self, optim_wrapper: Any, folder: str | Path) -> dict[str, dict]:
         """Collects what a checkpoint stores; all processes have to call it.
 
         Args:
             optim_wrapper: The optimizer wrapper that trains the model.
+            folder: Where the first process keeps it; see `empty_on_disk`.
 
         Returns:
-            ``state_dict`` and ``optimizer`` of a run on one process, in the memory of
-            the CPU; without tensors on other processes than the first.
+            ``state_dict`` and ``optimizer`` of a run on one process, on the CPU;
+            without sharded tensors on other processes than the first.
         """
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
+        states = dict(
+            state_dict=self.module.state_dict(), optimizer=optim_wrapper.state_dict()
         )
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return dict(
-            state_dict=get_model_state_dict(self.module, options=options),
-            # By position, as every optimizer loads it; torch's function gives names.
-            optimizer=gather_on_first(optim_wrapper.state_dict()),
-        )
+        return gather_on_first(states, folder)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model."""

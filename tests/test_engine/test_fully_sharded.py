@@ -5,6 +5,7 @@ docs/support.md.
 """
 
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def train_steps(kind, rank, world, model, data, accumulate=1, **options):
             wrapped.train()
     saved = dict(state_dict=model.state_dict(), optimizer=wrapper.state_dict())
     if isinstance(wrapped, FullyShardedModel):
-        saved = wrapped.gather(wrapper)
+        saved = wrapped.gather(wrapper, tempfile.gettempdir())
     copies = apply_to(saved, torch.is_tensor, torch.Tensor.clone)
     return dict(copies['state_dict']), copies['optimizer'], scores
 

@@ -45,7 +45,7 @@ def resume_on_four(rank, world, folder):
     settings = dict(iters=4, custom_hooks=[GATHERING], launcher='pytorch', cfg=config)
     runner = build_runner(folder / 'sharded', **settings)
     runner.train()  # resumes at the end, in four processes
-    return runner.model.gather(runner.optim_wrapper)
+    return runner.model.gather(runner.optim_wrapper, folder)
 
 
 def test_checkpoints_and_resuming(tmp_path):

@@ -97,9 +97,7 @@ class ExactSteps:
                     self._watch_frozen(stack)
                 for run in self._runs:
                     for part in run.parts:
-                        submodule = learner.model.get_submodule(part)
-                        wrap = partial(self._wrap, run, part)
-                        stack.enter_context(patched(submodule, wrap))
+                        self._arm(run, part, stack)
                 yield
             if self._next is not None:
                 raise RuntimeError(
@@ -155,7 +153,8 @@ class ExactSteps:
         def enter(_submodule: nn.Module, args: tuple) -> None:
             learner.remember_entry(args[0])
 
-        stack.callback(first.register_forward_pre_hook(enter).remove)
+        hook = first.register_forward_pre_hook(enter, prepend=True)
+        stack.callback(hook.remove)
         for unit in run.module.units:
             if unit.name in outlets(run.module) and unit.name not in run.ends:
 
@@ -167,33 +166,54 @@ class ExactSteps:
                 end = learner.model.get_submodule(unit.name)
                 stack.callback(end.register_forward_hook(keep).remove)
 
-    def _wrap(self, run: SecondRun, part: str, forward: Forward) -> Forward:
-        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._next != (run, part):  # an activation that is used again, say
-                return forward(x, *args, **kwargs)
-            self._next = next(self._order, None)
-            self.under_way = run.module
-            gap, self._gap = self._gap, None
-            if gap is not None:
-                gap.stop(x)
-            if run is self._runs[0] and part == run.parts[0] and x.requires_grad:
-                self._front = Front(x, self._front_owner(), self._grads)
-            output = run.first(gap, forward, x, *args, **kwargs)
-            if part not in run.ends:
-                self._expect_gap(output)
-                return output
+    def _arm(self, run: SecondRun, part: str, stack: ExitStack) -> None:
+        submodule = self.learner.model.get_submodule(part)
+
+        def is_due() -> bool:
+            return self._next == (run, part)  # not so where an activation is used again
+
+        def enter(_submodule: nn.Module, args: tuple) -> None:
+            if is_due():
+                self._enter(run, part, args[0])
+
+        def wrap(forward: Forward) -> Forward:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                first = partial(run.first, forward) if is_due() else forward
+                return first(*args, **kwargs)
+
+            return call
+
+        def leave(_submodule: nn.Module, _args: tuple, output: Any) -> Any:
+            return self._leave(run, part, output) if is_due() else output
+
+        # Around other tools' hooks, which so see the run without a graph that it is:
+        # those of FSDP would wait for a backward pass, and hand on another tensor.
+        hook = submodule.register_forward_pre_hook(enter, prepend=True)
+        stack.callback(hook.remove)
+        stack.enter_context(patched(submodule, wrap))
+        stack.callback(submodule.register_forward_hook(leave).remove)
+
+    def _enter(self, run: SecondRun, part: str, x: Tensor) -> None:
+        self.under_way = run.module
+        gap, self._gap = self._gap, None
+        if gap is not None:
+            gap.stop(x)
+        if run is self._runs[0] and part == run.parts[0] and x.requires_grad:
+            self._front = Front(x, self._front_owner(), self._grads)
+        run.enter(gap, x)
+
+    def _leave(self, run: SecondRun, part: str, output: Any) -> Any:
+        self._next = next(self._order, None)
+        if part in run.ends:
             x = tensor_of(output)
             check_cut(part, x)
             if self.learner.observer is not None:
                 self.learner.observer.passed_on(run.module, {part: x})
             if self.weight and not run.module.is_last:
-                map_ = run.as_map(part, x)
-                self.learner.remember(run.module, {part: map_})
+                self.learner.remember(run.module, {part: run.as_map(part, x)})
             output = with_tensor(output, caught(x, part, self._grads))
-            self._expect_gap(output)
-            return output
-
-        return call
+        self._expect_gap(output)
+        return output
 
     def _expect_gap(self, output: Any) -> None:
         """Records what the network computes in front of the next part, if anything."""

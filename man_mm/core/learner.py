@@ -166,7 +166,7 @@ class LocalLearner:
         """Drops all auxiliary heads and the bank, which exact steps do without."""
         inside = set(self.heads.modules())
         self.patches = tuple(p for p in self.patches if p[0] not in inside)
-        self.heads = nn.ModuleList()
+        del self.heads[:]  # a model wrapper holds the same list
         self.bank = None
 
     @contextmanager

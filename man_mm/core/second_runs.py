@@ -66,6 +66,7 @@ class SecondRun:
         self.size = micro_batch_size
         self.x: Tensor | None = None
         self._version = 0
+        self._gap: Between | None = None
         self._submodules = [model.get_submodule(part) for part in self.parts]
         self._calls: list[_Call] = []
 
@@ -75,26 +76,29 @@ class SecondRun:
         count = len(self.x)
         return slices_of(count, self.size or count)
 
-    def first(
-        self,
-        gap: Between | None,
-        forward: Forward,
-        x: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Runs the next part without a graph.
+    def enter(self, gap: Between | None, x: Tensor) -> None:
+        """Notes what the next part takes, before it runs for the first time.
 
         Args:
             gap: What was computed in front of it, outside of submodules.
-            forward: The part's forward function.
-            x: Its input ``(N, ...)``.
-            *args: What else the network hands to it.
-            **kwargs: Likewise.
+            x: Its input ``(N, ...)``, as the network hands it over.
         """
         if not self._calls:
             entered = x if gap is None else gap.source
             self.x, self._version = entered.detach(), entered._version
+        if gap is not None:
+            gap.source = None
+        self._gap = gap
+
+    def first(self, forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the next part without a graph.
+
+        Args:
+            forward: The part's forward function.
+            x: Its input ``(N, ...)``, as the part's hooks hand it on.
+            *args: What else the network hands to it.
+            **kwargs: Likewise.
+        """
         states, whole = [], {}
         with torch.no_grad():
             for images in self.slices:
@@ -104,9 +108,8 @@ class SecondRun:
                 else:
                     output = forward(x[images], *args, **kwargs)
                     write_slices(whole, {'output': output}, images, len(x))
-        if gap is not None:
-            gap.source = None
         sizes = sizes_of(whole['output'])
+        gap, self._gap = self._gap, None
         self._calls.append(_Call(args, kwargs, tuple(states), gap, sizes))
         return whole['output']
 

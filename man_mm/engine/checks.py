@@ -75,23 +75,6 @@ def check_model_wrapper(model: nn.Module) -> None:
         )
 
 
-def check_sharding(end_to_end_from: float | None) -> None:
-    """Refuses to shard a model that takes end-to-end steps.
-
-    Args:
-        end_to_end_from: The option of that name.
-
-    Raises:
-        ValueError: If it is not None. Such steps run each module twice, between which
-            its weights would have to be freed.
-    """
-    if end_to_end_from is not None:
-        raise ValueError(
-            f'optim_wrapper.local_learning.end_to_end_from={end_to_end_from} is not '
-            'supported by FullyShardedModel: remove it, or model_wrapper_cfg.'
-        )
-
-
 def check_saving(model: nn.Module) -> None:
     """Refuses to train, in a runner, what could not be saved.
 

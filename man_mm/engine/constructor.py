@@ -25,7 +25,6 @@ from .checks import (
     AMP_WRAPPER,
     WRAPPER,
     check_model_wrapper,
-    check_sharding,
     check_wrapper_type,
 )
 from .data_parallel import free_buckets
@@ -153,9 +152,9 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             keeps_boundaries=share is not None,
             **options,
         )
-        if isinstance(wrapped, FullyShardedModel):
-            check_sharding(share)
-            wrapped.shard(learner)
+        sharded = wrapped if isinstance(wrapped, FullyShardedModel) else None
+        if sharded is not None:
+            sharded.shard(learner)
         groups = self._model_groups(model)
         for group in self._head_groups(learner.heads):
             if self.base_lr is not None:
@@ -178,6 +177,7 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 end_to_end_from=share,
                 local_loss_weight=weight,
                 measure=_measure(model, options),
+                sharded=sharded,
             ),
         )
 

@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from man_mm.core import ExactSteps, LocalLearner, LocalModule
 
+from .sharded_tensors import free_parts
+
 
 class Dial:
     """Turns from local to end-to-end steps, once, for good.
@@ -110,4 +112,5 @@ class Dial:
         # The groups stay: schedulers count them.
         for group in self.optimizer.param_groups:
             group['params'] = [p for p in group['params'] if p not in params]
+        free_parts(params)
         self.learner.free_heads()

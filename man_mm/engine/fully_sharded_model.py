@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from man_mm.core import LocalLearner
 from man_mm.core.partition import LocalModule
+from man_mm.core.second_runs import trainable_parts
 
 from .distributed import is_sharded
 from .sharded_tensors import gather_on_first, shard_loaded_weights
@@ -80,6 +82,10 @@ class FullyShardedModel(nn.Module):
         super().__init__()
         self.module = module
         self.heads: nn.ModuleList | None = None
+        # What passes through it ends its backward pass as FSDP does, by reducing
+        # gradients, though it may reach none of FSDP's hooks otherwise. That is so of
+        # what runs in front of the first unit, in steps that are end to end.
+        self.reducing = nn.Identity()
         self.can_save = False  # set by `ShardingHook`
         self._policy: dict[str, Any] = {}  # of modules and heads
         if not dist.is_distributed():
@@ -145,19 +151,25 @@ class FullyShardedModel(nn.Module):
             options['ignored_params'] = scalars
 
         for module in learner.modules:
-            parts = [self.module.get_submodule(part) for part in module.parts]
-            _fully_shard(parts, options | self._policy)
+            for names in _groups(self.module, module):
+                parts = [self.module.get_submodule(name) for name in names]
+                _fully_shard(parts, options | self._policy)
             self._free_after(module)
         for head in self.heads:
             _fully_shard([head], options | self._policy)
         for child in _callable_children(self.module, learner.modules):
             _fully_shard([child], options | self._policy)
+            # Its backward pass gathers nothing else, least of all the last module,
+            # which waits for its own turn in steps that are end to end.
+            if hasattr(child, 'set_modules_to_backward_prefetch'):
+                child.set_modules_to_backward_prefetch([child])
             for name in _FORWARD_METHODS:
                 if hasattr(child, name):
                     register_fsdp_forward_method(child, name)
         for tensor in self.module.state_dict().values():
             if not is_sharded(tensor):
                 dist.broadcast(tensor)
+        fully_shard(self.reducing, **options)
         fully_shard(self, **options)
         # What is in no group above may be used until the last backward pass.
         self.set_reshard_after_backward(False, recurse=False)
@@ -173,27 +185,21 @@ class FullyShardedModel(nn.Module):
             for module, own in zip(learner.modules, owned, strict=True)
         )
 
-    def gather(self, optim_wrapper: Any) -> dict[str, dict]:
+    def gather(self, optim_wrapper: Any, folder: str | Path) -> dict[str, dict]:
         """Collects what a checkpoint stores; all processes have to call it.
 
         Args:
             optim_wrapper: The optimizer wrapper that trains the model.
+            folder: Where the first process keeps it; see `empty_on_disk`.
 
         Returns:
-            ``state_dict`` and ``optimizer`` of a run on one process, in the memory of
-            the CPU; without tensors on other processes than the first.
+            ``state_dict`` and ``optimizer`` of a run on one process, on the CPU;
+            without sharded tensors on other processes than the first.
         """
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
+        states = dict(
+            state_dict=self.module.state_dict(), optimizer=optim_wrapper.state_dict()
         )
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return dict(
-            state_dict=get_model_state_dict(self.module, options=options),
-            # By position, as every optimizer loads it; torch's function gives names.
-            optimizer=gather_on_first(optim_wrapper.state_dict()),
-        )
+        return gather_on_first(states, folder)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model."""
@@ -236,6 +242,25 @@ class FullyShardedModel(nn.Module):
                 if hasattr(submodule, 'reshard'):
                     submodule.reshard()
 
+    def before_backward(
+        self, learner: LocalLearner, module: LocalModule, complete: bool
+    ) -> None:
+        """Tells FSDP whether a backward pass completes the gradients of a module.
+
+        Until then, gradients of micro-batches add up where they are, and the weights
+        stay for the next ones.
+
+        Args:
+            learner: The learner that trains the module.
+            module: The module, whose auxiliary head counts too, if it has one.
+            complete: Whether the next backward pass is the last one.
+        """
+        parts = [self.module.get_submodule(part) for part in module.parts]
+        for part in (*parts, *learner.heads[module.index : module.index + 1]):
+            if hasattr(part, 'set_requires_gradient_sync'):
+                part.set_requires_gradient_sync(complete, recurse=False)
+                part.set_reshard_after_backward(complete, recurse=False)
+
     def _free_after(self, module: LocalModule) -> None:
         """Frees a module's weights when it has run and there is nothing to learn."""
         end = self.module.get_submodule(module.cut)
@@ -257,26 +282,6 @@ class FullyShardedModel(nn.Module):
             handle.remove()
 
         handle = self.module.register_state_dict_post_hook(leave_nothing)
-
-
-def reduce_after_backward(
-    learner: LocalLearner, module: LocalModule, complete: bool
-) -> None:
-    """Tells FSDP whether a backward pass completes the gradients of a module.
-
-    Until then, gradients of micro-batches add up where they are, and the weights stay
-    for the next ones. Does nothing for modules that are not sharded.
-
-    Args:
-        learner: The learner that trains the module.
-        module: A module, whose auxiliary head counts too, if it has one.
-        complete: Whether the next backward pass is the last one.
-    """
-    parts = [learner.model.get_submodule(part) for part in module.parts]
-    for part in (*parts, *learner.heads[module.index : module.index + 1]):
-        if hasattr(part, 'set_requires_gradient_sync'):
-            part.set_requires_gradient_sync(complete, recurse=False)
-            part.set_reshard_after_backward(complete, recurse=False)
 
 
 def _mesh(shard_size: int | None) -> Any:
@@ -311,6 +316,22 @@ def _check_no_batch_norm(model: nn.Module) -> None:
             f'of another type than their statistics have (the first is {norms[0]!r}): '
             "remove it, and set optim_wrapper.type='AmpLocalLearningOptimWrapper'."
         )
+
+
+def _groups(model: nn.Module, module: LocalModule) -> Iterable[list[str]]:
+    """Parts that are gathered together: those that an exact step runs again, or not.
+
+    Of these, only frozen ones make a group. Others run in front of all modules with a
+    graph that waits for the end of the step, and so do their weights.
+    """
+    again = trainable_parts(model, module)
+    yield again
+    params = {part: model.get_submodule(part).parameters() for part in module.parts}
+    yield [
+        part
+        for part in module.parts
+        if part not in again and not any(p.requires_grad for p in params[part])
+    ]
 
 
 def _fully_shard(modules: list[nn.Module], options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""FullyShardedRunner: starts a `FullyShardedModel` with one whole copy, not N."""
+"""FullyShardedRunner: starts a `FullyShardedModel` without a whole copy in memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .disk_tensors import parameters_on_disk
 from .distributed import broadcast_module, share_random_state
 from .fully_sharded_model import FullyShardedModel
 
@@ -32,11 +33,12 @@ _DRAWING = (
 class FullyShardedRunner(Runner):
     """mmengine's ``Runner``, lean where it starts a `FullyShardedModel`.
 
-    The first process builds and initialises the model in the memory of its CPU. The
-    others only allocate its weights, which takes no memory until they are written, and
-    get their parts from the first one, group by group. No process moves the whole
-    model to its device, or reads more of a checkpoint than its part. Weights and random
-    numbers are those of ``Runner``. A line of a config chooses it::
+    The first process builds and initialises the model, with weights that lie in files
+    in ``work_dir``. The others only allocate its weights, which takes no memory until
+    they are written, and get their parts from the first one, group by group. No
+    process moves the whole model to its device, or reads more of a checkpoint than its
+    part. Weights and random numbers are those of ``Runner``. A line of a config chooses
+    it::
 
         runner_type = 'FullyShardedRunner'
 
@@ -52,8 +54,11 @@ class FullyShardedRunner(Runner):
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
         """Builds the model, without values on other processes than the first."""
-        if dist.is_main_process() or isinstance(model, nn.Module):
+        if isinstance(model, nn.Module):
             return super().build_model(model)
+        if dist.is_main_process():
+            with parameters_on_disk(self.work_dir):
+                return super().build_model(model)
         with _Unwritten():
             model = super().build_model(model)
         model.is_init = True  # by the first process

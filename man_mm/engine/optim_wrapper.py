@@ -18,7 +18,7 @@ from man_mm.core import LocalLearner, LocalModule
 from .checks import check_model_wrapper, check_saving, check_start, check_updates
 from .dial import Dial
 from .distributed import average_gradients, is_sharded
-from .fully_sharded_model import reduce_after_backward
+from .fully_sharded_model import FullyShardedModel
 from .optimizers import choose_update
 from .out_of_memory import Measure, explains_out_of_memory
 from .scalars import ScalarLog
@@ -58,6 +58,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         local_loss_weight: Weight of the local losses from then on. Defaults to 0.
         measure: Measures what units cost for images of a shape, to tell where memory
             ran out; see `man_mm.measure.model_costs.measure_units`. Defaults to None.
+        sharded: The wrapper of the model, if it splits it. Defaults to None.
         **kwargs: ``accumulative_counts`` and ``clip_grad`` of ``OptimWrapper``.
 
     Raises:
@@ -89,6 +90,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         end_to_end_from: float | None = None,
         local_loss_weight: float = 0.0,
         measure: Measure | None = None,
+        sharded: FullyShardedModel | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer, **kwargs)
@@ -98,6 +100,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self.clip = clip
         self.dial = Dial(learner, optimizer, end_to_end_from, local_loss_weight)
         self._syncs = True
+        self._sharded = sharded
         self._measure = measure
         self._shape: tuple[int, ...] | None = None
         self._under_way: tuple[LocalModule, Callable[[], None]] | None = None
@@ -166,7 +169,10 @@ class LocalLearningOptimWrapper(OptimWrapper):
             complete: Whether no other loss of this iteration reaches the module.
         """
         update = complete and self._syncs
-        reduce_after_backward(self.learner, module, complete)
+        if self._sharded is not None:
+            self._sharded.before_backward(self.learner, module, complete)
+            if self.dial.is_end_to_end:
+                loss = self._sharded.reducing(loss)
         with self._updating(loss, module, update):
             self._scaled(self.scale_loss(loss), module).backward()
         if complete:

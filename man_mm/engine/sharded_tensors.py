@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from mmengine.utils.misc import apply_to
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .disk_tensors import empty_on_disk
 from .distributed import gradient_norm, is_sharded
 
 
@@ -64,6 +66,18 @@ def clip_norm(
     return norm
 
 
+def free_parts(params: Iterable[Tensor]) -> None:
+    """Frees this process's parts of sharded parameters, which are of no use any more.
+
+    FSDP itself keeps whatever it has sharded once.
+
+    Args:
+        params: Parameters; those that are not sharded are left alone.
+    """
+    for param in filter(is_sharded, params):
+        param.to_local().untyped_storage().resize_(0)
+
+
 def shard_like(value: Any, param: Tensor) -> Any:
     """This process's part of a value that belongs to a sharded parameter.
 
@@ -114,21 +128,27 @@ def shard_optimizer_state(
     return {**state_dict, 'state': state}
 
 
-def gather_on_first(data: Any) -> Any:
-    """Whole tensors in place of sharded ones, on the CPU of the first process.
+def gather_on_first(data: Any, folder: str | Path) -> Any:
+    """Whole tensors in place of sharded ones, on the disk of the first process.
 
-    All processes have to call it. Tensors are gathered one by one, so a device holds
-    one whole tensor at a time.
+    All processes have to call it. Tensors are gathered one by one, so a process holds
+    one whole tensor at a time, in memory that is not a file's.
 
     Args:
         data: Tensors, in dictionaries and lists.
+        folder: Where there is room for all of them; see `empty_on_disk`.
 
     Returns:
-        The same structure; on other processes than the first with None for them.
+        The same structure on the CPU; on other processes than the first with None for
+        sharded tensors.
     """
 
-    def gather(tensor: Any) -> Tensor | None:
-        whole = tensor.full_tensor()
-        return whole.cpu() if dist.is_main_process() else None
+    def gather(tensor: Tensor) -> Tensor | None:
+        if not is_sharded(tensor):
+            return tensor.cpu()
+        kept = empty_on_disk(tensor, folder) if dist.is_main_process() else None
+        # Those that are offloaded travel by way of their device.
+        whole = tensor.to(tensor.device_mesh.device_type).full_tensor()
+        return None if kept is None else kept.copy_(whole)
 
-    return apply_to(data, is_sharded, gather)
+    return apply_to(data, torch.is_tensor, gather)

@@ -67,7 +67,7 @@ class ShardingHook(Hook):
     def gather_state(self, runner: Runner) -> None:
         """Gathers weights and optimizer on all ranks; `SafeCheckpointHook` asks it."""
         if _is_sharded(runner):
-            self._gathered = runner.model.gather(runner.optim_wrapper)
+            self._gathered = runner.model.gather(runner.optim_wrapper, runner.work_dir)
 
     def before_save_checkpoint(
         self, runner: Runner, checkpoint: dict[str, Any]

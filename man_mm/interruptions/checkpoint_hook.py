@@ -14,7 +14,7 @@ from mmengine import registry as root
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from .files import BACKEND, AtomicBackend
+from .files import BACKEND, AtomicBackend, checkpoints_streamed
 
 _STATE = ('last_ckpt', 'keep_ckpt_ids', 'best_ckpt_path', 'best_ckpt_path_dict')
 
@@ -121,7 +121,8 @@ class SafeCheckpointHook(CheckpointHook):
         runner.call_hook('gather_state')
         reason: list[str | None] = [None]
         try:
-            yield
+            with checkpoints_streamed():
+                yield
         except OSError as error:
             reason = [error.strerror or str(error)]
         dist.broadcast_object_list(reason)

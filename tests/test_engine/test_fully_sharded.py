@@ -5,6 +5,7 @@ docs/support.md.
 """
 
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,7 @@ CLOSE = {
 }
 BITWISE, ROUNDING = 'bitwise', 'up to rounding'
 RESUMING = 'test_checkpoints_and_resuming', 'test_fully_sharded_runs.py'
+END_TO_END = 'test_equals_data_parallel', 'test_fully_sharded_end_to_end.py'
 ERRORS = 'test_errors', 'test_fully_sharded_runs.py'
 # What works, or is refused, with its test: a case or a test here, or of another file.
 ROWS = {
@@ -73,6 +75,14 @@ ROWS = {
     "`clip_grad` by norm, `clip='global'`": (ROUNDING, 'clipped as one'),
     '`accumulative_counts`': (ROUNDING, 'accumulated'),
     '`shard_size`, four processes': (ROUNDING, 'test_four_processes'),
+    '`end_to_end_from`, exact steps': (BITWISE, *END_TO_END),
+    '`end_to_end_from`, joint steps': (BITWISE, *END_TO_END),
+    'a change from local steps to either': (BITWISE, *END_TO_END),
+    'the same, where a neck or a global skip reads boundaries': (
+        ROUNDING,
+        'test_other_models',
+        END_TO_END[1],
+    ),
     '`offload`': ('bitwise, as without it', 'test_mixed_precision_and_offloading'),
     '`mixed_precision`': (
         'in direction, within 1 %',
@@ -110,6 +120,8 @@ def train_steps(kind, rank, world, model, data, accumulate=1, **options):
     torch.manual_seed(rank)  # heads differ before they are broadcast
     wrapper = build_wrapper(wrapped, **options)
     wrapper._accumulative_counts = accumulate
+    wrapped.can_save = True
+    wrapper.initialize_count_status(wrapped, 0, accumulate * len(data))
     scores = []
     for batch in data:
         mine = share(batch, rank, world)
@@ -121,7 +133,7 @@ def train_steps(kind, rank, world, model, data, accumulate=1, **options):
             wrapped.train()
     saved = dict(state_dict=model.state_dict(), optimizer=wrapper.state_dict())
     if isinstance(wrapped, FullyShardedModel):
-        saved = wrapped.gather(wrapper)
+        saved = wrapped.gather(wrapper, tempfile.gettempdir())
     copies = apply_to(saved, torch.is_tensor, torch.Tensor.clone)
     return dict(copies['state_dict']), copies['optimizer'], scores
 

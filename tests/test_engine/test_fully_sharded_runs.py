@@ -14,6 +14,7 @@ from man_mm import FullyShardedModel
 from man_mm.engine.checks import check_model_wrapper, check_wrapper_type
 
 GATHERING = dict(type='ShardingHook')
+SGD = dict(type='SGD', lr=0.1)
 
 
 def run(rank, world, folder):
@@ -31,6 +32,11 @@ def run(rank, world, folder):
     train(folder / 'copied', stop=3, **sharded)
     train(folder / 'copied', **ddp)
     train(folder / 'alone', stop=3, **sharded)
+    local_learning = dict(end_to_end_from=0.5)
+    wrapper = dict(LOCAL_LEARNING, optimizer=SGD, local_learning=local_learning)
+    train(folder / 'turned ddp', optim_wrapper=wrapper, **ddp)
+    for stop in (1, 3, None):  # it turns behind the second iteration
+        train(folder / 'turned', stop=stop, optim_wrapper=wrapper, **sharded)
 
 
 def resume_on_four(rank, world, folder):
@@ -39,7 +45,7 @@ def resume_on_four(rank, world, folder):
     settings = dict(iters=4, custom_hooks=[GATHERING], launcher='pytorch', cfg=config)
     runner = build_runner(folder / 'sharded', **settings)
     runner.train()  # resumes at the end, in four processes
-    return runner.model.gather(runner.optim_wrapper)
+    return runner.model.gather(runner.optim_wrapper, folder)
 
 
 def test_checkpoints_and_resuming(tmp_path):
@@ -56,6 +62,11 @@ def test_checkpoints_and_resuming(tmp_path):
     plain.load_state_dict(last_checkpoint(tmp_path / 'sharded')['state_dict'])
     sizes = [os.path.getsize(tmp_path / n / 'iter_4.pth') for n in ('ddp', 'sharded')]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.01)  # no hidden storage
+
+    turned = [last_checkpoint(tmp_path / name) for name in ('turned ddp', 'turned')]
+    for key in ('state_dict', 'optimizer'):
+        assert not different(*(checkpoint[key] for checkpoint in turned), key)
+    assert different(whole['state_dict'], turned[0]['state_dict'])  # control
 
     alone = build_runner(tmp_path / 'alone', iters=4, custom_hooks=[])
     alone.train()  # goes on in one process
@@ -75,8 +86,7 @@ class RashHook(Hook):
 def errors(rank, world, folder):
     """What each configuration is told, on one process with the launcher."""
     os.environ['LOCAL_RANK'] = str(rank)
-    optimizer = dict(type='SGD', lr=0.1)
-    stock = dict(type='OptimWrapper', optimizer=optimizer)
+    stock = dict(type='OptimWrapper', optimizer=SGD)
     saving = dict(checkpoint=dict(type='SafeCheckpointHook'))
     plain = dict(
         checkpoint=dict(type='CheckpointHook'),
@@ -84,7 +94,7 @@ def errors(rank, world, folder):
     )
     no_bank = dict(
         LOCAL_LEARNING,
-        optimizer=optimizer,
+        optimizer=SGD,
         local_learning=dict(aux_head=dict(use_bank=False)),
     )
     cases = dict(

@@ -1,17 +1,30 @@
 """Saving: atomic, and safe on full disks and in folders without access."""
 
 import errno
+import io
 import os
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from mmengine.hooks import CheckpointHook, Hook
-from short_runs import build_runner, differences, last_checkpoint, train, warnings_of
+from mmengine.runner import checkpoint
+from short_runs import (
+    build_runner,
+    differences,
+    different,
+    last_checkpoint,
+    train,
+    warnings_of,
+)
 
+from man_mm.interruptions import files
 from man_mm.interruptions.files import write_atomically
 
 ITERS = 4
@@ -111,6 +124,34 @@ def test_the_previous_best_stays_until_the_next_is_there(tmp_path):
     assert not any(it > 2 and not names for it, names in seen)
 
 
+def test_a_checkpoint_is_written_as_it_is_and_read_as_any(tmp_path, monkeypatch):
+    """Not put together in memory before, other than by mmengine's hook."""
+    put = []
+
+    class Watched(io.BytesIO):
+        def getvalue(self):
+            put.append(self.getbuffer().nbytes)
+            return super().getvalue()
+
+    monkeypatch.setattr(checkpoint, 'io', SimpleNamespace(BytesIO=Watched))
+    train(tmp_path / 'safe', iters=1)
+    assert not put
+    train(tmp_path / 'stock', iters=1, checkpoint=dict(type='CheckpointHook'))
+    assert put  # control
+    safe, stock = (last_checkpoint(tmp_path / name) for name in ('safe', 'stock'))
+    assert not different(safe['state_dict'], stock['state_dict'])
+
+
+def test_a_write_that_fails_inside_of_torch_is_an_error_of_the_system():
+    tensor, file = torch.zeros(100_000), open('/dev/full', 'wb')
+    with pytest.raises(RuntimeError):  # control
+        torch.save(tensor, file)
+    with pytest.raises(OSError, match='No space left'):
+        files.save(tensor, file)
+    with suppress(OSError):
+        file.close()
+
+
 class TestWriteAtomically:
     @pytest.fixture
     def path(self, tmp_path):
@@ -123,7 +164,7 @@ class TestWriteAtomically:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         try:
             with pytest.raises(OSError) as error:
-                write_atomically(path, bytes(5000))
+                write_atomically(path, lambda file: file.write(bytes(5000)))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert error.value.errno == errno.EFBIG
@@ -138,7 +179,7 @@ class TestWriteAtomically:
                 os, name,
                 lambda *args, real=real, name=name: (calls.append(name), real(*args)),
             )  # fmt: skip
-        write_atomically(path, b'new')
+        write_atomically(path, lambda file: file.write(b'new'))
         assert calls == ['fsync', 'replace', 'fsync']
         assert path.read_bytes() == b'new' and os.listdir(path.parent) == [path.name]
 

@@ -117,9 +117,8 @@ def draw(path: Path, plan: CardPlan, title: str) -> None:
             place = dict(xycoords=('axes fraction', 'data'), fontsize=8)
             axes.annotate(f'{card} GB', (1, limit), ha='right', va='bottom', **place)
     if plan.budget is not None:
-        axes.axhline(
-            usable(plan.budget) / GIB, color='black', ls='--', label='of the budget'
-        )
+        label = f'usable of {plan.budget / GIB:g} GiB'
+        axes.axhline(usable(plan.budget) / GIB, color='black', ls='--', label=label)
     box = dict(facecolor='white', edgecolor='none', pad=1)
     for index, peak in enumerate(bottom):
         place = dict(xytext=(0, 4), textcoords='offset points', ha='center')

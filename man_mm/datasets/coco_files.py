@@ -6,6 +6,7 @@ Layout: ``train/000001.png``, ``val/000001.png``, and COCO annotations in
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,24 @@ def make_once(out: Path, settings: Mapping, write: Callable[[str, int], None]) -
         write(split, settings[f'num_{split}'])
     finish_manifest(out)
     return out
+
+
+def package_folder(package: str) -> Path:
+    """Finds the folder of an installed package, of whose files a data set is made.
+
+    Args:
+        package: What it is imported as.
+
+    Raises:
+        FileNotFoundError: If it is not installed; the message says what to install.
+    """
+    try:
+        return Path(str(resources.files(package)))
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            f'the images are made from files of {error.name}, which is not installed: '
+            'pip install scikit-image scikit-learn'
+        ) from error
 
 
 def check_least(settings: Mapping[str, int], least: Mapping[str, int]) -> None:

@@ -6,15 +6,13 @@ photograph.
 """
 
 import colorsys
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from rich.progress import track
-from sklearn.datasets import load_digits
 
-from .coco_files import check_least, make_once, write_split
+from .coco_files import check_least, make_once, package_folder, write_split
 
 RECIPE = 'man_mm digits 3'  # change it when the same settings give other pixels
 # Photographs inside the scikit-image wheel: free to reuse, no legible writing.
@@ -38,9 +36,17 @@ LICENSES = [
 ]
 
 
+def load_digits():
+    """Return scikit-learn's digits: `images` (N, 8, 8) and `target` (N,)."""
+    package_folder('sklearn')
+    from sklearn import datasets
+
+    return datasets.load_digits()
+
+
 def load_photos(split):
     """Return the photographs of a split by name."""
-    folder = resources.files('skimage') / 'data'
+    folder = package_folder('skimage') / 'data'
     names = PHOTOS[split].split()
     return {name: Image.open(folder / name).convert('RGB') for name in names}
 
@@ -168,7 +174,7 @@ def make_digits(
 
     Raises:
         ValueError: A number is too small, or `out` holds other files.
-        OSError: `out` cannot be written.
+        OSError: `out` cannot be written, or a package is not installed.
     """
     out = Path(out)
     settings = {'recipe': RECIPE, 'num_train': num_train, 'num_val': num_val}

@@ -10,7 +10,6 @@ tells which share of it is visible.
 
 import colorsys
 import hashlib
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from pycocotools import mask as coco_mask
 from rich.progress import track
 from scipy.ndimage import gaussian_filter, grey_closing, grey_dilation
 
-from .coco_files import check_least, make_once, write_split
+from .coco_files import check_least, make_once, package_folder, write_split
 
 RECIPE = 'man_mm scenes 2'  # change it when the same settings give other pixels
 FILES = {'train': 'train', 'val': 't10k'}  # of Fashion-MNIST
@@ -70,7 +69,7 @@ def load_photos(split):
     """Return the photographs of a split by name."""
     photos = {}
     for package, names in PHOTOS[split].items():
-        folder = resources.files(package) / FOLDERS[package]
+        folder = package_folder(package) / FOLDERS[package]
         for name in names.split():
             photos[name] = Image.open(folder / name).convert('RGB')
     return photos

@@ -28,9 +28,9 @@ from .entry_tables import format_metric
 TEMPLATES = Path(__file__).with_name('templates')
 ASSETS = ('board.css', 'board.js', 'front.js')
 UNITS = {'PSNR': 'dB', 'top-1': '%', 'top-1 error': '%'}
-# Methods that keep their colour, whatever else is on the board.
+# Methods with a colour of their own; all others share the one after these.
 _METHODS = ('end-to-end', 'checkpointing', 'MAN', 'DGL', 'DGL-style', 'InfoPro')
-_METHODS += ('AugLocal', 'Momentum', 'PredSim', 'HPFF')
+_METHODS += ('AugLocal', 'Momentum', 'PredSim', 'HPFF', 'exact steps', 'MAN, joint')
 
 
 class BoardPage(NamedTuple):
@@ -102,9 +102,7 @@ def render_pages(entries: Sequence[dict], root: Path) -> dict[str, BoardPage]:
 def make_rows(entries: Sequence[dict]) -> list[dict]:
     """What tables and plots show of each entry; the least memory first."""
     by_id = {entry['id']: entry for entry in entries}
-    known = dict.fromkeys([*_METHODS, *sorted(entry['method'] for entry in entries)])
-    colours = {method: index for index, method in enumerate(known)}
-    rows = [_row(entry, by_id, colours) for entry in entries]
+    rows = [_row(entry, by_id) for entry in entries]
 
     def order(row: dict) -> tuple:
         memory = row['memory']
@@ -113,17 +111,18 @@ def make_rows(entries: Sequence[dict]) -> list[dict]:
     return sorted(rows, key=order)
 
 
-def _row(entry: dict, by_id: dict[str, dict], colours: dict[str, int]) -> dict:
+def _row(entry: dict, by_id: dict[str, dict]) -> dict:
     found = compare_with_baseline(entry, by_id.get(entry.get('baseline')))
     memory, seconds = entry.get('memory'), entry.get('step_seconds')
     size = entry.get('resolution')
     batch = entry.get('batch')
     images = [f'{batch} image{"s" if batch > 1 else ""}'] if batch else []
     images += [f'{size[0]}×{size[1]}'] if size else []
+    method = entry['method']
     return dict(
         id=entry['id'],
         **{key: entry[key] for key in ('task', 'model', 'dataset', 'method', 'kind')},
-        colour=colours[entry['method']] % 10,
+        colour=_METHODS.index(method) if method in _METHODS else len(_METHODS),
         options=_own_options(entry, by_id.get(entry.get('baseline'))),
         K=(entry.get('modules') or {}).get('K'),
         images=' of '.join(images),

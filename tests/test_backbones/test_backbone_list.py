@@ -33,7 +33,7 @@ from man_mm.core import StagePartition
 DOCUMENT = Path(__file__).parents[2] / 'docs/backbone_list.md'
 START, END = '<!-- table -->', '<!-- end of table -->'
 ROUNDING = 1e-5  # of gradients that are small sums of large numbers
-HEADER = '| package | backbone | | units | K |\n|---|---|---|---|---|'
+HEADER = '| package | backbone | | units | K |\n|---|---|---|---:|---:|'
 QUICK = [
     'mmdet.HRNet',
     'mmdet.PyramidVisionTransformer',

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packages import run_python
 from PIL import Image
 from pycocotools.coco import COCO
 from scripts import run_script
 from sklearn.datasets import load_digits
+from test_package import BLOCK_IMPORTS
 
 from man_mm.datasets import make_digits as tool
 
@@ -63,6 +65,23 @@ def test_pycocotools_reads_the_annotations(made, split, count):
             assert pixels.size == (image['width'], image['height']) == (96, 96)
             assert pixels.mode == 'RGB'
         assert 2 <= len(coco.getAnnIds(image['id'])) <= 6
+
+
+@pytest.mark.parametrize('package', ['sklearn', 'skimage'])
+def test_a_package_that_is_missing_is_named(package, tmp_path):
+    code = BLOCK_IMPORTS.format(blocked=(package,)) + (
+        'import runpy\n'
+        f'sys.argv = ["make_digits", "--out", {str(tmp_path / "digits")!r}]\n'
+        'try:\n'
+        '    runpy.run_path("tools/dataset_converters/make_digits.py", '
+        'run_name="__main__")\n'
+        'except SystemExit as error:\n    print(error)\n'
+    )
+    message = run_python('-c', code).splitlines()[-1]
+    assert message == (
+        f'make_digits: the images are made from files of {package}, which is not '
+        'installed: pip install scikit-image scikit-learn'
+    )
 
 
 def test_labels_match_the_samples(made):

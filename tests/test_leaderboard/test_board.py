@@ -144,7 +144,7 @@ def test_a_changed_result_file_is_noticed(root):
     assert 'local.json does not exist' in '\n'.join(board.validate(root))
 
 
-def test_adding_again_changes_nothing(root):
+def test_adding_again_changes_nothing(root, mmagic):
     before = {path: path.read_text() for path in read_entries(root)}
     assert len(board.add([], root)) == 14
     assert {path: path.read_text() for path in read_entries(root)} == before
@@ -288,7 +288,7 @@ def test_a_reported_entry_is_put_where_it_belongs(root):
         run_script('leaderboard', 'validate')
 
 
-def test_times_that_are_not_used_stay_unused(root):
+def test_times_that_are_not_used_stay_unused(root, mmagic):
     board.add([RESULTS / STEP], root, with_times=False)
     assert load(LOCAL)['step_seconds'] is None
     board.add([], root)
@@ -296,7 +296,7 @@ def test_times_that_are_not_used_stay_unused(root):
     assert board.validate(root) == []
 
 
-def test_adding_a_part_keeps_the_other_sources_of_an_entry(root, request):
+def test_adding_a_part_keeps_the_other_sources_of_an_entry(root, request, mmagic):
     demo, seeds = DEMO_CONFIG.split('/')[-1][:-3], range(3)
     digits = [RESULTS / f'digits_seed{seed}.json' for seed in seeds]
     names = [*digits, *RESULTS.glob(f'training/{RUNS}/*.json')]

@@ -46,6 +46,20 @@ def test_a_page_that_is_wide_and_loads_more(drivers, tmp_path):
     assert errors(driver)
 
 
+def test_names_of_rows_stay_where_a_table_is_scrolled(site, drivers):
+    run = open_page(drivers(390), site / 'partitions.html')
+    table = (
+        '[...document.querySelectorAll(".md-typeset__scrollwrap")]'
+        '.find(box => box.scrollWidth > box.clientWidth)'
+    )
+    cell = 'querySelector("td:nth-child(%d)").getBoundingClientRect().left'
+    run(f'{table}.scrollLeft = 100')
+    assert run(f'{table}.{cell % 1}') >= 0
+    before = run(f'{table}.{cell % 2}')
+    run(f'{table}.scrollLeft = 0')
+    assert run(f'{table}.{cell % 2}') == before + 100  # the other columns moved
+
+
 def test_the_search_works_without_a_server(site, drivers):
     driver = drivers(1280)
     run = open_page(driver, site / 'index.html')

@@ -16,6 +16,7 @@ from scripts import TOOLS
 MIM = [Path(sys.executable).with_name('mim'), 'run', 'man_mm']
 MODULE = [sys.executable, '-m', 'man_mm']
 DEMO = 'configs/man/retinanet_r18_man_demo.py'  # one that is installed
+STOCK = 'configs/end_to_end/retinanet_r18_demo.py'
 SIZE = ['--size', '64', '64', '--batch', '2']
 
 
@@ -67,6 +68,23 @@ def test_data_are_made_and_trainings_compared(mim_run, tmp_path):
     )
     assert 'coco/bbox_mAP' in output
     assert (tmp_path / 'results/man_seed0.json').is_file()
+
+
+def test_a_stock_config_is_trained_by_options_and_tested(mim_run):
+    mim_run('make_digits', '--num-train', 4, '--num-val', 2, '--size', 64)
+    small = ['train_dataloader.batch_size=2', 'model.test_cfg.score_thr=0']
+    output = mim_run(
+        'train',
+        *(STOCK, '--work-dir', 'first', '--cfg-options', *small),
+        'optim_wrapper.type=man_mm.LocalLearningOptimWrapper',
+        'optim_wrapper.constructor=man_mm.LocalLearningOptimWrapperConstructor',
+        'default_hooks.memory_bank.type=man_mm.MemoryBankHook',
+        *('train_cfg.max_iters=2', 'train_cfg.val_interval=2'),
+        'default_hooks.checkpoint.interval=2',
+    )
+    assert 'Local learning: K = 4' in output
+    output = mim_run('test', STOCK, 'first/iter_2.pth', '--cfg-options', small[1])
+    assert 'coco/bbox_mAP' in output and 'Local learning' not in output
 
 
 def test_the_leaderboard_needs_a_clone(mim_run):

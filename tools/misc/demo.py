@@ -27,8 +27,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         record, pictures = run_demo(args.seed)
-    except RuntimeError as error:
-        sys.exit(str(error))
+    except (RuntimeError, OSError) as error:
+        sys.exit(f'demo: {error}')
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=2) + '\n')
     console = Console()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -88,12 +89,16 @@ def build_jobs() -> int:
     return max(1, min(os.cpu_count() or 1, memory // (2 * GIB)))
 
 
-def precompile_headers(shell: Shell, source: Path) -> None:
-    """Compile torch's headers once instead of once for each of mmcv's 77 files.
+def precompile_headers(shell: Shell, source: Path) -> str:
+    """Compile torch's headers once instead of once for each of mmcv's files.
 
     They take nine tenths of the build. GCC takes a precompiled header that lies
     beside the header itself, if both were compiled with the same options; other
     compilers, and GCC with other options, ignore it.
+
+    Returns:
+        The options for mmcv's files. They include the header in front of each: GCC
+        takes a precompiled one only where nothing stands before it.
     """
     header = source / 'mmcv/ops/csrc/common/pytorch_cpp_helper.hpp'
     code = (
@@ -109,6 +114,7 @@ def precompile_headers(shell: Shell, source: Path) -> None:
         *[f'-I{path}' for path in paths],
         '-x', 'c++-header', header, '-o', f'{header}.gch',
     )  # fmt: skip
+    return f'{BUILD_FLAGS} -include {shlex.quote(str(header))}'
 
 
 def build_mmcv(shell: Shell, variant: str, target: Path) -> None:
@@ -116,9 +122,8 @@ def build_mmcv(shell: Shell, variant: str, target: Path) -> None:
     check_compiler()
     folder = VENV / 'build' / variant
     source = unpack_mmcv(shell, folder)
-    precompile_headers(shell, source)
     env = {
-        'CFLAGS': BUILD_FLAGS,
+        'CFLAGS': precompile_headers(shell, source),
         'MMCV_WITH_OPS': '1',
         'MAX_JOBS': os.environ.get('MAX_JOBS', str(build_jobs())),
     }

@@ -13,7 +13,7 @@ from man_mm.engine.options import DEFAULTS
 RESULTS, MIB = Path('benchmarks/results'), 2**20
 OPTIONS, PARTITIONS = Path('docs/options.md'), Path('docs/partitions.md')
 # What others than a config give to a component.
-GIVEN = {'site', 'optimizer', 'learner', 'measure', 'module'}
+GIVEN = {'site', 'optimizer', 'learner', 'measure', 'sharded', 'module'}
 GIVEN |= {'optim_wrapper_cfg', 'paramwise_cfg'}
 REGISTRIES = ('MODELS', 'HOOKS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS')
 REGISTRIES += ('TASK_UTILS', 'MODEL_WRAPPERS', 'DATASETS', 'RUNNERS')

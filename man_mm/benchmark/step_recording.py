@@ -63,7 +63,9 @@ class Recorder:
 
     def _leave(self, index: int, _module: object, _args: object, output) -> None:
         self._running = (index, 'loss')
-        tensor_of(output).register_hook(lambda _: self._back(index))
+        output = tensor_of(output)
+        if output.requires_grad:  # not so in the first run of an exact step
+            output.register_hook(lambda _: self._back(index))
 
     def _back(self, index: int) -> None:
         self._running = (index, 'backward')

@@ -61,7 +61,6 @@ class FullyShardedModel(nn.Module):
             the CPU, where the optimizer runs too. Defaults to False.
 
     Raises:
-        ImportError: If torch has no ``fully_shard``; it is there from 2.6 on.
         ValueError: If there is no process group, or an option does not fit.
 
     Examples:
@@ -95,12 +94,6 @@ class FullyShardedModel(nn.Module):
             )
         from torch.distributed import fsdp
 
-        if not hasattr(fsdp, 'fully_shard'):
-            raise ImportError(
-                'FullyShardedModel needs torch.distributed.fsdp.fully_shard, which is '
-                f'there from torch 2.6 on; this is {torch.__version__}. Update torch, '
-                'or remove model_wrapper_cfg.'
-            )
         self._options = dict(
             mesh=_mesh(shard_size),
             # Backward follows forward at once, so freeing in between would only send

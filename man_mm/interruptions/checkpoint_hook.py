@@ -30,8 +30,8 @@ class SafeCheckpointHook(CheckpointHook):
       again. If the last save of a run failed, the run ends with an error.
     - What was saved just before a validation is saved again after it, so that a
       resumed run knows its results.
-    - Checkpoints hold data only, so that stock tools read them with the safe loading
-      of torch 2.6 and later. Histories of logged values, which are objects, are left
+    - Checkpoints hold data only, so that stock tools read them with torch's safe
+      loading. Histories of logged values, which are objects, are left
       out: a resumed run starts their averages anew.
 
     It takes the arguments of ``CheckpointHook``. On other storage than local files,

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
-from mmengine.utils import digit_version
 
 _OWNERS = (HistoryBuffer, OneCycleParamScheduler)
 
@@ -17,13 +16,11 @@ def allow_safe_loading() -> None:
     """Lets ``torch.load`` read mmengine's checkpoints with safe loading on.
 
     mmengine stores log buffers (numpy arrays) and schedulers in checkpoints, and
-    calls ``torch.load`` without ``weights_only``, which torch 2.6 turned on. The types
+    calls ``torch.load`` without ``weights_only``, which torch turned on since. The types
     in them are allowed one by one. To be called before a checkpoint is loaded:
     onedl-mmengine, which allows them while it loads one, takes the permission away
     afterwards.
     """
-    if digit_version(torch.__version__) < digit_version('2.6'):
-        return
     # numpy's own rebuilders: their module moved between versions.
     rebuilders = [value.__reduce__()[0] for value in (np.zeros(1), np.int64())]
     torch.serialization.add_safe_globals(

@@ -1,4 +1,4 @@
-"""Checkpoints of mmengine load with the safe loading of torch 2.6 and later on."""
+"""Checkpoints of mmengine load with the safe loading of torch on."""
 
 import io
 import pickle

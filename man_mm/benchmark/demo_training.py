@@ -95,13 +95,11 @@ def _train(
         text=True,
         env=dict(os.environ, OMP_NUM_THREADS=str(threads)),
     ) as process:
-        lines, shown = [], None
+        lines = []
         for line in process.stdout:
             lines.append(line)
-            found = _ITERATION.search(line)
-            if found and found.groups() != shown:  # once each
-                shown = found.groups()
-                report(*map(int, shown))
+            if found := _ITERATION.search(line):
+                report(*map(int, found.groups()))
     if process.returncode:
         tail = ''.join(lines[-30:])
         raise RuntimeError(f'{tail}\n{name}: training failed, see {work_dir}.')

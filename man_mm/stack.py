@@ -19,7 +19,7 @@ INSTALL = (
     'onedl-mmpretrain (maintained forks).'
 )
 OLDEST = dict(
-    mmengine='0.10.3', mmcv='2.0.0', mmdet='3.3.0', mmpretrain='1.2.0', mmagic='1.2.0'
+    mmengine='0.10.3', mmcv='2.1.0', mmdet='3.3.0', mmpretrain='1.2.0', mmagic='1.2.0'
 )
 # These raise an AssertionError when imported beside a later mmcv.
 REFUSED_MMCV = '2.2.0'

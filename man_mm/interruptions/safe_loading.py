@@ -16,8 +16,8 @@ def allow_safe_loading() -> None:
     """Lets ``torch.load`` read mmengine's checkpoints with safe loading on.
 
     mmengine stores log buffers (numpy arrays) and schedulers in checkpoints, and
-    calls ``torch.load`` without ``weights_only``, which torch turned on since. The types
-    in them are allowed one by one. To be called before a checkpoint is loaded:
+    calls ``torch.load`` without ``weights_only``, which torch turned on. The types in
+    them are allowed one by one. To be called before a checkpoint is loaded:
     onedl-mmengine, which allows them while it loads one, takes the permission away
     afterwards.
     """

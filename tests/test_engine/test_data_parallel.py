@@ -51,8 +51,8 @@ def test_no_buckets(tmp_path):
     for (freed, end), (kept, end_of_control) in in_processes(
         count_buckets, tmp_path, 2
     ):
-        assert freed == pytest.approx([1, 0], abs=0.01)
-        assert kept == pytest.approx([1, 1], abs=0.01)  # control
+        assert freed == pytest.approx([1, 0], abs=0.02)
+        assert kept == pytest.approx([1, 1], abs=0.02)  # control
         assert same(end, end_of_control)
 
 

@@ -30,7 +30,7 @@ def retinanet():
 
 
 MODELS = {
-    classifier: lambda: labelled_images(8, 96),
+    classifier: lambda: labelled_images(12, 96),
     retinanet: lambda: batch_of(2, 192, 192),
 }
 

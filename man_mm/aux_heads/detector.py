@@ -23,7 +23,6 @@ from .pyramid import LocalPyramid
 _FINEST_STRIDE = 8
 _COARSEST_STRIDE = 128
 _BOX_WEIGHT = 2.0
-_WIDTH = 64
 
 
 class LightDetector(nn.Module):
@@ -109,32 +108,17 @@ class LightDetector(nn.Module):
         return assign(levels, valid, boxes, labels, self.head.num_classes)
 
 
-def check_options(channels: int | None, num_convs: int, cls_weight: float) -> None:
+def check_options(channels: int, num_convs: int, cls_weight: float) -> None:
     """Checks the options of `LightDetector`.
 
     Raises:
         ValueError: If one is out of range.
     """
-    if (channels is not None and channels < 1) or num_convs < 0 or cls_weight <= 0:
+    if channels < 1 or num_convs < 0 or cls_weight <= 0:
         raise ValueError(
             'aux_head.channels must be at least 1, aux_head.num_convs at least 0 and '
             f'aux_head.cls_weight above 0, got {channels}, {num_convs}, {cls_weight}.'
         )
-
-
-def light_width(model: nn.Module) -> int:
-    """Channels of a light head: half of what the model's own heads read, 64 at most.
-
-    So the heads of a small network take about the same share of its FLOPs as those of
-    a large one.
-    """
-    widths = [
-        getattr(head, key, None)
-        for head in heads_of(model)
-        for key in ('in_channels', 'embed_dims')
-    ]
-    width = next((x for x in widths if isinstance(x, int)), 2 * _WIDTH)
-    return min(_WIDTH, max(width // 2, 1))
 
 
 def heads_of(model: nn.Module) -> list[nn.Module]:

@@ -17,7 +17,6 @@ from .detector import (
     LightDetector,
     check_options,
     find_levels,
-    light_width,
     model_strides,
     num_classes,
 )
@@ -39,7 +38,7 @@ class DGLDetHead(AuxHead):
 
     Args:
         site: Where the head sits.
-        channels: Width. Defaults to None, as in `MANDetHead`.
+        channels: Width. Defaults to 64.
         num_convs: 3×3 convolutions of the dense head before classes, and again before
             boxes, beside the one that both share. Defaults to 0.
         cls_weight: Weight of the loss for classes, as in `MANDetHead`. Defaults to 1.0.
@@ -62,14 +61,13 @@ class DGLDetHead(AuxHead):
     def __init__(
         self,
         site: AuxSite,
-        channels: int | None = None,
+        channels: int = 64,
         num_convs: int = 0,
         cls_weight: float = 1.0,
     ) -> None:
         super().__init__()
         check_options(channels, num_convs, cls_weight)
         num_classes(site.model)  # refuses what is no detector
-        channels = light_width(site.model) if channels is None else channels
         own = site.own[-1]
         self.own = own.name
         finest = find_levels(model_strides(site.model))[0]

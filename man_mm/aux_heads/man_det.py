@@ -11,7 +11,7 @@ from torch import Tensor
 from man_mm.core import MemoryBank
 
 from .base import AuxHead, AuxSite
-from .detector import LightDetector, check_options, light_width
+from .detector import LightDetector, check_options
 from .faithful_det import FaithfulDetector
 
 
@@ -30,8 +30,7 @@ class MANDetHead(AuxHead):
     Args:
         site: Where the head sits.
         mode: ``'light'`` or ``'faithful'``. Defaults to ``'light'``.
-        channels: Width of a light head. Defaults to None: half of what the model's own
-            heads read, 64 at most.
+        channels: Width of a light head. Defaults to 64.
         num_convs: 3×3 convolutions of a light head before classes, and again before
             boxes, beside the one that both share. Defaults to 0.
         cls_weight: Weight of a light head's loss for classes; that of the boxes' is 2,
@@ -63,7 +62,7 @@ class MANDetHead(AuxHead):
         self,
         site: AuxSite,
         mode: str = 'light',
-        channels: int | None = None,
+        channels: int = 64,
         num_convs: int = 0,
         cls_weight: float = 1.0,
         num_blocks: int = 1,
@@ -96,9 +95,8 @@ class MANDetHead(AuxHead):
             self.detector = FaithfulDetector(site, use_bank)
             names = {name for _, name in self.detector.inputs}
         else:
-            width = light_width(site.model) if channels is None else channels
             self.detector = LightDetector(
-                site, width, num_convs, cls_weight, num_blocks, levels, use_bank
+                site, channels, num_convs, cls_weight, num_blocks, levels, use_bank
             )
             names = {tap.name for tap in self.detector.pyramid.sources.values()}
         self.reads = frozenset(tap.name for tap in site.earlier) & names

@@ -22,7 +22,6 @@ from man_mm.aux_heads.detector import (
     box_coder,
     find_levels,
     is_detector,
-    light_width,
     model_strides,
     num_classes,
 )
@@ -87,32 +86,6 @@ def model(**heads):
         vars(head).update(attributes)
         setattr(model, name, head)
     return model
-
-
-@pytest.mark.parametrize(
-    ('attributes', 'width'),
-    [
-        (dict(in_channels=256), 64),
-        (dict(in_channels=64), 32),
-        (dict(in_channels=1), 1),
-        (dict(embed_dims=96), 48),  # of queries
-        (dict(in_channels=[512, 256, 128]), 64),  # YOLOv3
-        ({}, 64),
-    ],
-)
-def test_a_light_head_is_half_as_wide_as_what_the_model_reads(attributes, width):
-    assert light_width(model(bbox_head=attributes)) == width
-
-
-@pytest.mark.parametrize('kind', ['MANDetHead', 'DGLDetHead'])
-@pytest.mark.parametrize(('channels', 'width'), [(None, 32), (16, 16)])
-def test_heads_follow_a_narrow_neck(kind, channels, width):
-    cfg = detector_config('retinanet', 18)
-    cfg.model.neck.out_channels = 64
-    cfg.model.bbox_head.update(in_channels=64, feat_channels=64)
-    head = dict(type=kind, channels=channels)
-    heads = build_wrapper(build_detector(cfg), aux_head=head).learner.heads
-    assert [head.detector.head.in_channels for head in heads] == [width] * len(heads)
 
 
 def test_classes_come_from_whichever_head_knows_them():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -216,9 +217,9 @@ def _draw_growth(records: Sequence[dict], path: Path) -> None:
                 panel.set(xlabel='images in a step', xticks=batches)
                 panel.set_title(shown)
             else:
-                panel.set_xticks(
-                    range(len(settings)), settings, rotation=15, ha='right'
-                )
+                common, ticks = _common(settings)
+                panel.set_title(common)
+                panel.set_xticks(range(len(ticks)), ticks, rotation=15, ha='right')
         pair[-1].legend(
             *pair[0].get_legend_handles_labels(),
             loc='center left',
@@ -226,6 +227,15 @@ def _draw_growth(records: Sequence[dict], path: Path) -> None:
             fontsize=8,
         )
     figure.savefig(path)
+
+
+def _common(settings: Sequence[str]) -> tuple[str, list[str]]:
+    """What all settings begin with, and the rest of each."""
+    parts = [name.split(', ') for name in settings]
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    common = [column[0] for column in same]
+    rest = [', '.join(part[len(common) :]) for part in parts]
+    return ', '.join(common), rest
 
 
 def _lines(records: Sequence[dict]) -> dict[str, list[dict]]:

@@ -408,6 +408,8 @@ def test_growth_over_a_setting_has_a_line_for_all_values_of_k(tmp_path):
     rows = read_records(tmp_path)
     names = list(dict.fromkeys(setting(row) for row in rows))
     assert names == [f'a, depth={depth}, lr=0.5' for depth in (4, 16, 256)]
+    assert scheme_pictures._common(['a, d=1', 'a, d=2']) == ('a', ['d=1', 'd=2'])
+    assert scheme_pictures._common(['a', 'b']) == ('', ['a', 'b'])
     lines = scheme_pictures._lines(rows)
     assert list(lines) == ['end-to-end', 'local+K=1,4,64']
     assert [len(line) for line in lines.values()] == [3, 3]

@@ -24,7 +24,7 @@ from rich.progress import (
 from man_mm.engine.config_files import find_config
 from man_mm.stack import find_distributions
 
-AT_ONCE = 2  # small networks gain little from several cores
+_AT_ONCE = 2  # small networks gain little from several cores
 _ITERATION = re.compile(r'Iter\(train\) \[ *(\d+)/(\d+)\]')
 _EVERY = 100  # iterations between lines where there is no screen for bars
 
@@ -55,7 +55,7 @@ def train_all(
         console=console,
         disable=not console.is_terminal,
     )
-    with progress, ThreadPoolExecutor(AT_ONCE) as pool:
+    with progress, ThreadPoolExecutor(_AT_ONCE) as pool:
         started = {}
         for name, arguments in runs.items():
             task = progress.add_task(name, start=False, total=None)
@@ -87,7 +87,7 @@ def _train(
     command = [mim, 'train', package, find_config(config)]
     command += ['--gpus', '0', '--launcher', 'none', '--work-dir', work_dir]
     command += ['--cfg-options', *options]
-    threads = max((os.cpu_count() or 1) // AT_ONCE, 1)
+    threads = max((os.cpu_count() or 1) // _AT_ONCE, 1)
     with subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,

@@ -104,8 +104,7 @@ class CompressedActivations:
 
     def _noise_on(self, device: torch.device) -> Noise:
         if device not in self._noise:
-            self._noise[device] = Noise(device)
-            self._noise[device].restart(self._seed)
+            self._noise[device] = Noise(device, self._seed)
         return self._noise[device]
 
 

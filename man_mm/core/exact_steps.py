@@ -273,9 +273,10 @@ class ExactSteps:
         A head that reads nothing of its module but the boundary need not wait until
         the module has run again, and is saving activations.
         """
-        before = self._runs[-2] if self.weight and len(self._runs) > 1 else None
-        reads_cut_only = before is not None and before.ends == [before.module.cut]
-        return before if reads_cut_only else None
+        if not self.weight or len(self._runs) < 2:
+            return None
+        before = self._runs[-2]
+        return before if before.ends == [before.module.cut] else None
 
     def _local_loss(self, run: SecondRun, outputs: Maps, images: slice) -> Tensor:
         learner, index, count = self.learner, run.module.index, len(run.x)

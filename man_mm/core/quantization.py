@@ -55,13 +55,14 @@ class Noise:
 
     Args:
         device: Where the numbers are.
+        seed: See `restart`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(0)
         size = chunk_size(device) + _PLACES
         self._table = torch.rand(size, device=device, generator=generator) + 1
-        self._random = random.Random(0)
+        self.restart(seed)
 
     def restart(self, seed: int) -> None:
         """The places where the table is read from here on depend on `seed` alone."""
@@ -96,7 +97,7 @@ def quantize(values: Tensor, bits: int, noise: Noise) -> Codes:
         >>> import torch
         >>> from man_mm.core.quantization import Noise, dequantize, quantize
         >>> values = torch.linspace(0, 1, 1000)
-        >>> codes = quantize(values, 8, Noise(values.device))
+        >>> codes = quantize(values, 8, Noise(values.device, seed=0))
         >>> codes.nbytes  # of 4000
         1048
         >>> float((dequantize(codes) - values).abs().max()) < 1 / 250

@@ -78,17 +78,15 @@ def test_levels(strides, levels):
     assert find_levels(strides) == levels
 
 
-def model(**heads):
-    """A model that has nothing but heads with these attributes."""
-    model = nn.Module()
-    for name, attributes in heads.items():
-        head = nn.Module()
-        vars(head).update(attributes)
-        setattr(model, name, head)
-    return model
-
-
 def test_classes_come_from_whichever_head_knows_them():
+    def model(**heads):
+        model = nn.Module()
+        for name, attributes in heads.items():
+            head = nn.Module()
+            vars(head).update(attributes)
+            setattr(model, name, head)
+        return model
+
     assert num_classes(model(mask_head=dict(num_classes=5))) == 5
     panoptic = dict(num_classes=None, num_things_classes=80)
     assert num_classes(model(panoptic_head=panoptic)) == 80

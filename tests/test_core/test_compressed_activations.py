@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from statistics import median
 
 import pytest
 import torch
@@ -87,7 +88,6 @@ def test_relus_pass_on_the_same_gradients(bits):
 def test_a_storage_is_compressed_once():
     x = normal(64, 256).requires_grad_()
     weight = nn.Parameter(normal(256, 8))
-
     compressed = CompressedActivations(8)
 
     def run():
@@ -231,10 +231,10 @@ def test_local_exact_and_joint_steps(step, options):
     plain = run(None)
     # Rounding is random, and now and then another value is the largest of a pool.
     errors = {
-        bits: sum(error(run(bits, seed), plain) for seed in range(4)) / 4
+        bits: median(float(error(run(bits, seed), plain)) for seed in range(5))
         for bits in (8, 4)
     }
-    assert 0 < 2 * errors[8] < errors[4] < 0.5
+    assert 0 < 3 * errors[8] < errors[4] < 0.5
 
 
 def test_freed_heads_are_not_held():

@@ -296,6 +296,7 @@ def test_activations_are_those_of_one_module():
         learner.model(x).sum().backward()
 
     map_bytes = 4 * 4 * 128 * 128
+    peak(3, in_exact_steps)  # the first step of a process may take a map more
     grows = peak(6, in_exact_steps) - peak(3, in_exact_steps)
     assert 3 * map_bytes <= grows < 3.2 * map_bytes  # a boundary each
     assert peak(6, in_plain_steps) - peak(3, in_plain_steps) > 20 * map_bytes

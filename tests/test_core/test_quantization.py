@@ -11,9 +11,7 @@ CPU = torch.device('cpu')
 
 
 def noise(seed=0):
-    numbers = Noise(CPU)
-    numbers.restart(seed)
-    return numbers
+    return Noise(CPU, seed)
 
 
 def normal(count, seed=0):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .balance import BALANCED, balanced
 from .between import Between
 from .checkpointing import check_cut
 from .front import Front
@@ -37,11 +38,14 @@ class ExactSteps:
     With a ``weight``, steps are *joint*: when a module runs again, its auxiliary head
     runs too, and the gradient is that of the network's own loss plus the weighted
     local losses. This is deep supervision (arXiv 1409.5185) without its memory.
+    Balanced steps need no weight: see `man_mm.core.balance.balanced`.
 
     Args:
         learner: The learner whose modules, heads, bank, patches and micro-batches
             are used.
-        weight: Weight of the local losses. Defaults to 0: an exact step.
+        weight: Weight of the local losses, or ``'balanced'`` for local gradients that
+            are as large, at each cut, as that of the network's own loss. Defaults to
+            0: an exact step.
 
     Attributes:
         under_way: The module that runs, or ran last.
@@ -61,9 +65,10 @@ class ExactSteps:
         True
     """
 
-    def __init__(self, learner: LocalLearner, weight: float = 0.0) -> None:
+    def __init__(self, learner: LocalLearner, weight: float | str = 0.0) -> None:
         self.learner = learner
         self.weight = weight
+        self._factor = 1.0 if weight == BALANCED else weight
         self.under_way = learner.modules[0]
         self._runs: list[SecondRun] = []
         self._order: Iterator[tuple[SecondRun, str]] = iter(())
@@ -244,8 +249,10 @@ class ExactSteps:
                 if len(losses := self._local.setdefault(module.name, [])) > index:
                     local = losses[index]  # back-propagated before
                 else:
-                    local = self._local_loss(run, outputs, images)
-                loss = loss + self.weight * local
+                    grad = grads[names.index(module.cut)][images]
+                    local = self._local_loss(run, outputs, images, grad)
+                    del grad
+                loss = loss + self._factor * local
                 del local
             del outputs
             is_whole = images.stop == len(run.x)
@@ -256,8 +263,10 @@ class ExactSteps:
             del loss  # before the next slice needs the memory
             if early is not None:
                 self.under_way = early.module
-                local = self._local_loss(early, {early.module.cut: x}, images)
-                backward(self.weight * local, early.module, False)
+                outputs = {early.module.cut: x}
+                local = self._local_loss(early, outputs, images, x.grad)
+                del outputs
+                backward(self._factor * local, early.module, False)
                 del local
                 self.under_way = module
             entered.append(x.grad)
@@ -278,11 +287,15 @@ class ExactSteps:
         before = self._runs[-2]
         return before if before.ends == [before.module.cut] else None
 
-    def _local_loss(self, run: SecondRun, outputs: Maps, images: slice) -> Tensor:
+    def _local_loss(
+        self, run: SecondRun, outputs: Maps, images: slice, grad: Tensor
+    ) -> Tensor:
         learner, index, count = self.learner, run.module.index, len(run.x)
         if run.size is None:
             images = None
         own = {name: run.as_map(name, output) for name, output in outputs.items()}
+        if self.weight == BALANCED:
+            own = balanced(own, run.module.cut, grad)
         if index == 0:
             frozen = self._frozen
             if images is not None:

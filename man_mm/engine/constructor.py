@@ -65,7 +65,8 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - ``end_to_end_from=None``: share of the training, from 0 to 1, after which steps
       are end to end over the same modules; None never, 0 always.
     - ``local_loss_weight=0.0``: weight of the local losses in these steps. With 0 they
-      are *exact*, else *joint*; see `man_mm.core.ExactSteps`.
+      are *exact*, else *joint*; ``'balanced'`` needs no weight. See
+      `man_mm.core.ExactSteps`.
     - ``micro_batch_size=None``: images that run through a module at a time; see
       `man_mm.core.LocalLearner`.
     - ``recompute=()``: names of submodules, such as ``'backbone.layer4'``, or of lists

@@ -26,7 +26,7 @@ class Dial:
         learner: The learner whose modules are trained.
         optimizer: The optimizer of network and heads.
         share: Share of the training after which it turns, from 0 to 1; None never.
-        weight: Weight of the local losses afterwards.
+        weight: Of the local losses afterwards; see `ExactSteps`.
 
     Attributes:
         is_end_to_end: Whether it has turned.
@@ -38,7 +38,7 @@ class Dial:
         learner: LocalLearner,
         optimizer: Optimizer,
         share: float | None = None,
-        weight: float = 0.0,
+        weight: float | str = 0.0,
     ) -> None:
         self.learner = learner
         self.optimizer = optimizer
@@ -69,7 +69,7 @@ class Dial:
         if done < math.ceil(self.share * total):
             return
         weight, heads = self.steps.weight, len(self.learner.heads)
-        kind = f'joint, with local losses of weight {weight}' if weight else 'exact'
+        kind = f'joint (local_loss_weight={weight!r})' if weight else 'exact'
         message = f'From iteration {done + 1} on, steps are {kind}.'
         if heads and not weight:
             message += f' The {heads} auxiliary heads and the memory bank are freed.'

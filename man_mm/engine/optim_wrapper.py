@@ -55,7 +55,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
             Defaults to ``'module'``.
         end_to_end_from: Share of the training, from 0 to 1, after which steps are end
             to end. Defaults to None, never.
-        local_loss_weight: Weight of the local losses from then on. Defaults to 0.
+        local_loss_weight: Weight of the local losses from then on, or ``'balanced'``;
+            see `man_mm.core.ExactSteps`. Defaults to 0.
         measure: Measures what units cost for images of a shape, to tell where memory
             ran out; see `man_mm.measure.model_costs.measure_units`. Defaults to None.
         sharded: The wrapper of the model, if it splits it. Defaults to None.
@@ -88,7 +89,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         update: str = 'module',
         clip: str = 'module',
         end_to_end_from: float | None = None,
-        local_loss_weight: float = 0.0,
+        local_loss_weight: float | str = 0.0,
         measure: Measure | None = None,
         sharded: FullyShardedModel | None = None,
         **kwargs: Any,

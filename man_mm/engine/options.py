@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from man_mm.core.balance import BALANCED
+
 DEFAULTS = dict(
     partition=dict(type='StagePartition'),
     aux_head=dict(type='MANHead'),
@@ -75,7 +77,7 @@ def has_heads(options: Mapping[str, Any]) -> bool:
     Args:
         options: From `complete_options`.
     """
-    return options['end_to_end_from'] != 0 or options['local_loss_weight'] > 0
+    return options['end_to_end_from'] != 0 or bool(options['local_loss_weight'])
 
 
 def check_paramwise(paramwise: Mapping[str, Any] | None, given: Mapping) -> None:
@@ -132,7 +134,10 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         'None or a share of the training from 0 to 1',
         lambda value: value is None or (_is_factor(value) and value <= 1),
     ),
-    'local_loss_weight': ('a number of at least 0', _is_factor),
+    'local_loss_weight': (
+        f'a number of at least 0, or {BALANCED!r}',
+        lambda value: value == BALANCED or _is_factor(value),
+    ),
     'aux_lr_mult': ('a number of at least 0', _is_factor),
     'aux_decay_mult': ('a number of at least 0', _is_factor),
     'micro_batch_size': ('None or a number of images of at least 1', _is_count),

@@ -26,8 +26,7 @@ def balanced(maps: Maps, name: str, grad: Tensor) -> Maps:
         The same maps; a backward pass reaches all of them at once.
     """
     names = list(maps)
-    norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-    outputs = _Balance.apply(norm, names.index(name), *maps.values())
+    outputs = _Balance.apply(_norm(grad), names.index(name), *maps.values())
     return dict(zip(names, outputs, strict=True))
 
 
@@ -39,6 +38,11 @@ class _Balance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        local = torch.linalg.vector_norm(grads[ctx.cut], dtype=torch.float32)
+        local = _norm(grads[ctx.cut])
         factor = torch.where(local > 0, ctx.norm / local, 0.0)
         return None, None, *(grad * factor.to(grad.dtype) for grad in grads)
+
+
+def _norm(grad: Tensor) -> Tensor:
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    return torch.linalg.vector_norm(grad, dtype=dtype)

@@ -53,8 +53,7 @@ def expected_grads(learner):
 
 def check_close(grads, others):
     for a, b in zip(grads, others, strict=True):
-        # The norms are in single precision.
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-10)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize('cuts', [['stage1', 'stage3'], ['stage2']])

@@ -199,9 +199,9 @@ class LocalLearner:
                 for module in self.active:
                     self._arm(module, backward or default_backward, stack)
             yield
-            missing = [m.cut for m in self.active[len(self.losses) :] if not m.is_last]
-            if missing:
-                raise RuntimeError(f'The forward pass never ran the cut {missing[0]!r}.')
+            left = [m.cut for m in self.active[len(self.losses) :] if not m.is_last]
+            if left:
+                raise RuntimeError(f'The forward pass never ran the cut {left[0]!r}.')
 
     @contextmanager
     def lean(self) -> Iterator[None]:

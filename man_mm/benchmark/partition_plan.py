@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from os.path import relpath
 from pathlib import Path
@@ -109,23 +109,33 @@ def write_config(
         settings = {**_base_constructor(wrapper), **(settings or {})}
     # A key that has nothing to delete would stay in the config.
     replaces = 'partition' in wrapper.get('local_learning', {})
-    lines += [
-        'optim_wrapper = dict(',
-        *(f'    {line}' for line in local),
-        '    local_learning=dict(',
-        *(f'        {key}={value!r},' for key, value in (settings or {}).items()),
-        '        partition=dict(',
-        *['            _delete_=True,'] * replaces,
-        "            type='CutPartition',",
-        '            cuts=[',
-        *(f'                {cut!r},' for cut in cuts),
-        '            ],',
-        '        ),',
-        '    ),',
-        ')',
-    ]
+    keys = [*setting_lines(settings or {}), *partition_lines(cuts, replaces)]
+    local += ['local_learning=dict(', *_indented(keys), '),']
+    lines += ['optim_wrapper = dict(', *_indented(local), ')']
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text('\n'.join(lines) + '\n')
+
+
+def partition_lines(cuts: Sequence[str], replaces: bool = False) -> list[str]:
+    """The partition as it stands in a config.
+
+    Args:
+        cuts: Names of the units after which to cut.
+        replaces: Whether it takes the place of an inherited one. Defaults to False.
+    """
+    delete = ['_delete_=True,'] * replaces
+    names = ['cuts=[', *_indented(f'{cut!r},' for cut in cuts), '],']
+    keys = [*delete, "type='CutPartition',", *names]
+    return ['partition=dict(', *_indented(keys), '),']
+
+
+def setting_lines(settings: Mapping[str, object]) -> list[str]:
+    """Other keys of ``local_learning``, as they stand in a config."""
+    return [f'{key}={value!r},' for key, value in settings.items()]
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f'    {line}' for line in lines]
 
 
 def _base_constructor(wrapper: Mapping) -> dict[str, str]:

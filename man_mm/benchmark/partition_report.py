@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -112,24 +111,6 @@ def draw(
     axes.legend(handles[::-1], labels[::-1], **place)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches='tight')
-
-
-def partition_lines(cuts: Sequence[str]) -> list[str]:
-    """The partition as it stands in a config."""
-    names = [f'        {cut!r},' for cut in cuts]
-    return [
-        'partition=dict(',
-        "    type='CutPartition',",
-        '    cuts=[',
-        *names,
-        '    ],',
-        '),',
-    ]
-
-
-def setting_lines(settings: Mapping[str, object]) -> list[str]:
-    """Other keys of ``local_learning``, as they stand in a config."""
-    return [f'{key}={value!r},' for key, value in settings.items()]
 
 
 def check_table(plan: Plan, peaks: list[int]) -> Table:

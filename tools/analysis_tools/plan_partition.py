@@ -25,15 +25,19 @@ from rich.console import Console
 
 from man_mm.benchmark import card_plan, card_report
 from man_mm.benchmark.card_needs import OBJECTS
-from man_mm.benchmark.partition_plan import check_plan, plan_config, write_config
+from man_mm.benchmark.partition_plan import (
+    check_plan,
+    partition_lines,
+    plan_config,
+    setting_lines,
+    write_config,
+)
 from man_mm.benchmark.partition_report import (
     check_table,
     draw,
     make_bars,
     make_table,
     named,
-    partition_lines,
-    setting_lines,
 )
 from man_mm.benchmark.published_memory import published_memory
 from man_mm.benchmark.records import MIB

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from rich.table import Table
 from scipy import stats
 
+# Of docs/protocol.md, in units of each metric.
+MARGINS = {'coco/bbox_mAP': 0.003, 'accuracy/top1': 0.3, 'PSNR': 0.03}
+
 
 @dataclass(frozen=True)
 class PairedDifference:
@@ -88,29 +91,46 @@ def paired_difference(
     return PairedDifference(seeds, mean, mean - half, mean + half)
 
 
-def make_difference_table(results: Sequence[dict], margin: float | None) -> Table:
-    """One row for each method but the first, which is the baseline.
+def difference_rows(
+    results: Sequence[dict], margin: float | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """A row for each method but the first, which is the baseline.
 
     Args:
         results: What the runs of `compare` wrote, those of the baseline first.
-        margin: See `PairedDifference.verdict`. None leaves the verdict out.
+        margin: See `PairedDifference.verdict`. Defaults to that of `MARGINS`; without
+            one there are no verdicts.
+
+    Returns:
+        The head of the table, and its rows.
     """
     metric = next(iter(results[0]['metrics']))
+    margin = MARGINS.get(metric) if margin is None else margin
     groups: dict[str, dict[int, float]] = {}
     for result in results:
         scores = groups.setdefault(result['name'], {})
         scores[result['seed']] = result['metrics'][metric]
     (first, baseline), *others = groups.items()
-    table = Table(title=f'{metric}: paired differences from {first}')
-    for column in ('', 'seeds', 'mean', '95 % interval'):
-        table.add_column(column, justify='right' if column else 'left')
-    if margin is not None:
-        table.add_column(f'verdict at a margin of {margin:g}')
+    head = [f'{metric} to {first}', 'seeds', 'mean', '95 % interval']
+    head += [] if margin is None else [f'verdict at a margin of {margin:g}']
+    rows = []
     for name, scores in others:
         difference = paired_difference(baseline, scores)
         row = [name, str(len(difference.seeds)), f'{difference.mean:+.4g}']
         row.append(f'{difference.low:+.4g} to {difference.high:+.4g}')
-        if margin is not None:
-            row.append(difference.verdict(margin))
+        row += [] if margin is None else [difference.verdict(margin)]
+        rows.append(row)
+    return head, rows
+
+
+def make_difference_table(
+    results: Sequence[dict], margin: float | None = None
+) -> Table:
+    """`difference_rows`, as a table for the screen."""
+    head, rows = difference_rows(results, margin)
+    table = Table(title=f'paired differences: {head[0]}')
+    for index, column in enumerate(['', *head[1:]]):
+        table.add_column(column, justify='right' if 0 < index < 4 else 'left')
+    for row in rows:
         table.add_row(*row)
     return table

@@ -15,6 +15,7 @@ from man_mm.benchmark import (
     stage_probes,
 )
 from man_mm.benchmark import records as step_records
+from man_mm.benchmark.paired_differences import difference_rows
 from man_mm.benchmark.records import MIB
 
 
@@ -52,6 +53,13 @@ def _training(folder: Path) -> list[str]:
     metrics = ' | '.join(dict.fromkeys(key for r in results for key in r['metrics']))
     columns = f'| | {metrics} | to the first | peak MiB | ratio |'
     return table_lines(columns, comparison_report.markdown_rows(results))
+
+
+def _differences(folder: Path) -> list[str]:
+    """Differences from the first method, paired by seed, and their verdicts."""
+    head, rows = difference_rows(comparison.read_folder(folder))
+    columns = f'| {" | ".join(head)} |'
+    return table_lines(columns, (f'| {" | ".join(row)} |' for row in rows))
 
 
 def _pipeline(folder: Path) -> list[str]:
@@ -146,6 +154,7 @@ KINDS: dict[str, Callable] = {
     'steps': _steps,
     'peaks': _peaks,
     'training': _training,
+    'differences': _differences,
     'rates': _rates,
     'probes': _probes,
     'demo': _demo,

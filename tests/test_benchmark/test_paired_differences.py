@@ -1,5 +1,6 @@
 import io
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
@@ -8,7 +9,9 @@ from rich.console import Console
 from scipy import stats
 
 from man_mm.benchmark.paired_differences import (
+    MARGINS,
     PairedDifference,
+    difference_rows,
     make_difference_table,
     paired_difference,
 )
@@ -74,10 +77,32 @@ def test_the_table_compares_with_the_first_method():
         for name, values in scores.items()
         for seed, value in enumerate(values)
     ]
+    head, rows = difference_rows(results)
+    assert head[-1] == 'verdict at a margin of 0.003'  # that of the protocol
+    assert [row[-1] for row in rows] == ['better', 'inferior']
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(make_difference_table(results, margin=0.003))
     text = console.export_text()
-    assert 'coco/bbox_mAP: paired differences from end-to-end' in text
+    assert 'paired differences: coco/bbox_mAP to end-to-end' in text
     rows = [line for line in text.splitlines() if 'MAN' in line or 'DGL' in line]
     assert 'better' in rows[0] and '+0.0105' in rows[0]
     assert 'inferior' in rows[1] and '-0.1' in rows[1]
+
+
+def test_a_metric_without_a_margin_has_no_verdicts():
+    results = [
+        dict(name=name, seed=seed, metrics={'SSIM': 0.9 + seed / 100})
+        for name in ('end-to-end', 'MAN')
+        for seed in (0, 1)
+    ]
+    head, rows = difference_rows(results)
+    assert len(head) == len(rows[0]) == 4
+    head, rows = difference_rows(results, margin=0.01)
+    assert rows[0][-1] == 'not inferior'
+
+
+def test_margins_are_those_of_the_protocol():
+    text = Path('docs/protocol.md').read_text()
+    assert '(0.003)' in text and MARGINS['coco/bbox_mAP'] == 0.003
+    assert '0.3 points of top-1' in text and MARGINS['accuracy/top1'] == 0.3
+    assert '0.03 dB of PSNR' in text and MARGINS['PSNR'] == 0.03

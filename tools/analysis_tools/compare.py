@@ -75,8 +75,8 @@ def parse_args() -> argparse.Namespace:
         '--margin',
         type=float,
         help=(
-            'largest loss that counts as none, in units of the first '
-            'metric; adds a verdict to each difference'
+            'largest loss that counts as none, in units of the first metric; '
+            'default: that of docs/protocol.md'
         ),
     )
     args = parser.parse_args()

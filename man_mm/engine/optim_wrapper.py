@@ -280,6 +280,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
 
         def collect(param: nn.Parameter) -> None:
             if ready := chunk.add(param):
+                self._stepper.flag(module.name, self._norm(ready).isfinite())
                 self._stepper.step_if_finite(module.name, ready)
 
         with ExitStack() as stack:
@@ -306,9 +307,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
         """Waits for the gradients of the module that is under way, and updates it."""
         if module := self._arrived():
             params = self._with_grad(module)
-            if self.update == 'module':
-                self._check_and_clip(module)
             if self.update != 'iteration':
+                self._check_and_clip(module)
                 for some in chunks(params):
                     self._stepper.step_if_finite(module.name, some)
 
@@ -332,11 +332,10 @@ class LocalLearningOptimWrapper(OptimWrapper):
             left = [] if module is None else [module]
             if self.update == 'iteration':
                 left = self.learner.modules
-            if self.update != 'parameter':
-                for module in left:
-                    self._check_and_clip(module)
+            for module in left:
+                self._check_and_clip(module)
             finite = self._stepper.read()
-            self._skips.report(finite, self.update)
+            self._skips.report(finite)
             params = [
                 param
                 for module in left
@@ -362,13 +361,16 @@ class LocalLearningOptimWrapper(OptimWrapper):
         return [param for param in params if param.grad is not None]
 
     def _check_and_clip(self, module: LocalModule) -> None:
-        """Finds out, on the device, whether gradients are finite; ranks agree on it."""
+        """Finds out, on the device, whether gradients are finite; ranks agree on it.
+
+        With ``update='parameter'``, those that are left.
+        """
         params = self._with_grad(module)
         if not params:
             return
         norm = self._norm(params) if self.clip == 'global' else self._clip(params)
         self._stepper.flag(module.name, norm.isfinite())
-        if self.clip == 'module':
+        if self.clip == 'module' and self.update != 'parameter':
             self._scalars[f'{module.name}/grad_norm'] = norm
 
     def _clip(self, params: Sequence[nn.Parameter]) -> Tensor:

@@ -25,26 +25,18 @@ class Skips:
         self._cuts = {module.name: module.cut for module in modules}
         self._counts: Counter[str] = Counter()
 
-    def report(self, finite: Mapping[str, bool], update: str) -> None:
+    def report(self, finite: Mapping[str, bool]) -> None:
         """Warns of modules that were skipped.
 
         Args:
             finite: Whether the gradients of a module were finite, by its name.
-            update: See `man_mm.engine.LocalLearningOptimWrapper`.
 
         Raises:
-            FloatingPointError: If a module was skipped too often, or some gradients of
-                a module may have been used before others were known.
+            FloatingPointError: If a module was skipped too often.
         """
         for name, is_finite in finite.items():
             if is_finite:
                 self._counts[name] = 0
-            elif update == 'parameter':
-                raise FloatingPointError(
-                    f'The loss of {name} is not finite. With '
-                    "optim_wrapper.local_learning.update='module' such an iteration is "
-                    'skipped.'
-                )
             else:
                 self._skip(name)
 
@@ -61,7 +53,7 @@ class Skips:
             )
         print_log(
             f'{name} (up to {self._cuts[name]!r}) has gradients that are not finite: '
-            'it is not updated in this iteration.',
+            'they are dropped in this iteration.',
             'current',
             logging.WARNING,
         )

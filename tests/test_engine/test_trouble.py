@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import batch_of, build_detector, build_wrapper, detector_config
 
-from man_mm.engine import skips
+from man_mm.engine import skips, stepping
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def broken(monkeypatch):
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-@pytest.mark.parametrize('update', ['module', 'iteration'])
+@pytest.mark.parametrize('update', ['module', 'iteration', 'parameter'])
 def test_a_bad_loss_skips_its_own_module_only(model, broken, update, value):
     wrapper = build_wrapper(model, update=update)
     assert moved(model, wrapper) == [True] * 4  # control
@@ -77,11 +77,32 @@ def test_a_module_that_stays_broken_ends_the_run(model, broken, monkeypatch):
         model.train_step(batch_of(), wrapper)
 
 
-def test_update_of_each_parameter_cannot_skip(model, broken):
+def test_each_parameter_at_once_is_updated_up_to_the_first_bad_gradient(
+    model, monkeypatch
+):
+    monkeypatch.setattr(stepping, '_LEAST_BYTES', 1)
     wrapper = build_wrapper(model, update='parameter')
-    broken(wrapper.learner.heads[0], float('nan'))
-    with pytest.raises(FloatingPointError, match="module1 is not.*update='module'"):
-        model.train_step(batch_of(), wrapper)
+    moved(model, wrapper)  # makes the optimizer's state
+    last, first = model.backbone.layer2[-1].conv2.weight, model.backbone.layer2[0]
+    first.conv2.weight.register_hook(lambda grad: grad * float('nan'))
+    before = [copy.deepcopy(p) for p in (last, first.conv1.weight)]
+    assert moved(model, wrapper) == [True] * 4
+    assert not torch.equal(before[0], last)
+    assert torch.equal(before[1], first.conv1.weight)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('update', ['module', 'iteration', 'parameter'])
+def test_a_bad_loss_skips_all_modules_of_an_exact_step(model, broken, update):
+    wrapper = build_wrapper(model, update=update, end_to_end_from=0)
+    assert moved(model, wrapper) == [True] * 4  # control
+    loss = model.bbox_head.loss_by_feat
+    model.bbox_head.loss_by_feat = lambda *args, **kwargs: {
+        name: [float('nan') * value for value in values]
+        for name, values in loss(*args, **kwargs).items()
+    }
+    assert moved(model, wrapper) == [False] * 4
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_images_without_boxes(model):

@@ -10,23 +10,24 @@ from .micro_batches import Maps
 BALANCED = 'balanced'  # as a weight of local losses
 
 
-def balanced(maps: Maps, name: str, grad: Tensor) -> Maps:
+def balanced(maps: Maps, name: str, grad: Tensor, share: float) -> Maps:
     """Hands maps to an auxiliary head, and scales what the head sends back.
 
     All gradients of the head are scaled by the same factor, so that the norm of the
-    one at the cut is that of the network's own gradient there. The parameters of the
-    head learn from its loss as it is.
+    one at the cut is a share of the norm of what arrives there from behind. The
+    parameters of the head learn from its loss as it is.
 
     Args:
         maps: What the head reads with a graph, each ``(N, C, H, W)``.
         name: Of the map at the cut.
-        grad: The gradient of the network's own loss at the cut, of any layout.
+        grad: The gradient that arrives at the cut from behind, of any layout.
+        share: The share.
 
     Returns:
         The same maps; a backward pass reaches all of them at once.
     """
     names = list(maps)
-    outputs = _Balance.apply(_norm(grad), names.index(name), *maps.values())
+    outputs = _Balance.apply(share * _norm(grad), names.index(name), *maps.values())
     return dict(zip(names, outputs, strict=True))
 
 

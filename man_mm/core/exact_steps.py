@@ -43,9 +43,9 @@ class ExactSteps:
     Args:
         learner: The learner whose modules, heads, bank, patches and micro-batches
             are used.
-        weight: Weight of the local losses, or ``'balanced'`` for local gradients that
-            are as large, at each cut, as that of the network's own loss. Defaults to
-            0: an exact step.
+        weight: Weight of the local losses. ``'balanced'`` finds one for each step and
+            module: local gradients are, at each of the K - 1 cuts, 1 / (K - 1) as
+            large as what arrives there from behind. Defaults to 0: an exact step.
 
     Attributes:
         under_way: The module that runs, or ran last.
@@ -295,7 +295,9 @@ class ExactSteps:
             images = None
         own = {name: run.as_map(name, output) for name, output in outputs.items()}
         if self.weight == BALANCED:
-            own = balanced(own, run.module.cut, grad)
+            # One by one they are small, all heads together as large as the rest.
+            share = 1 / len(learner.heads)
+            own = balanced(own, run.module.cut, grad, share)
         if index == 0:
             frozen = self._frozen
             if images is not None:

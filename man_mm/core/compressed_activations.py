@@ -102,6 +102,15 @@ class CompressedActivations:
             self._latest = shared, whole
         return whole.as_strided(*saved.layout)
 
+    def drop_needless_codes(self) -> None:
+        """Frees the codes of what something else keeps: a boundary, for instance.
+
+        To be called just before a backward pass, which ends before the network goes on.
+        """
+        for known in self._known.values():
+            if (shared := known.ref()) is not None:
+                shared.settle()
+
     def _noise_on(self, device: torch.device) -> Noise:
         if device not in self._noise:
             self._noise[device] = Noise(device, self._seed)
@@ -158,13 +167,22 @@ def _is_weight(origin: Tensor) -> bool:
 class _Shared:
     """Codes of a storage, for all operations that saved it."""
 
-    codes: Codes
+    codes: Codes | None
     origin: weakref.ref[Tensor]
     version: int
     readers: int = 0
+    kept: Tensor | None = None
+
+    def settle(self) -> None:
+        """Drops the codes if something else keeps the tensor."""
+        if (whole := self.alive()) is not None:
+            self.kept, self.codes = whole, None
 
     def alive(self) -> Tensor | None:
-        """The tensor itself, if something else kept it: a boundary, for instance."""
+        """The tensor itself, if something else kept it."""
+        if self.kept is not None:
+            check_unchanged(self.kept, self.version)
+            return self.kept
         origin = self.origin()
         is_same = origin is not None and origin._version == self.version
         return origin.detach() if is_same else None

@@ -199,11 +199,9 @@ class LocalLearner:
                 for module in self.active:
                     self._arm(module, backward or default_backward, stack)
             yield
-            for module in self.active[len(self.losses) :]:
-                if not module.is_last:
-                    raise RuntimeError(
-                        f'The forward pass never ran the cut {module.cut!r}.'
-                    )
+            left = [m.cut for m in self.active[len(self.losses) :] if not m.is_last]
+            if left:
+                raise RuntimeError(f'The forward pass never ran the cut {left[0]!r}.')
 
     @contextmanager
     def lean(self) -> Iterator[None]:
@@ -351,6 +349,8 @@ class LocalLearner:
         """Back-propagates the local loss of some of ``count`` images, None for all."""
         self._check(module, own[module.cut])
         loss = self.local_loss(module, own, dict(self.bank or {}), images, count)
+        if self.compressed is not None:
+            self.compressed.drop_needless_codes()
         backward(loss, module, images is None or images.stop == count)
         return loss.detach()
 

@@ -20,6 +20,7 @@ from .optimizers import in_parts, optimizer_limited_to
 # state.
 _CHUNK_BYTES = 2**20
 _SHARE = 16  # of a module, at most
+_LEAST_BYTES = 2**18  # less is not worth a call
 _PART_BYTES = 2**21
 _SMALL = 2**14  # bytes of a tensor that is kept in one piece with others
 
@@ -32,7 +33,8 @@ class Chunk:
     """
 
     def __init__(self, params: Iterable[nn.Parameter]) -> None:
-        self._limit = min(_CHUNK_BYTES, sum(param.nbytes for param in params) // _SHARE)
+        share = sum(param.nbytes for param in params) // _SHARE
+        self._limit = max(_LEAST_BYTES, min(_CHUNK_BYTES, share))
         self._waiting: list[nn.Parameter] = []
         self._nbytes = 0
 

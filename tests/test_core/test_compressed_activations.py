@@ -174,6 +174,33 @@ def test_what_is_still_there_is_read_instead(change):
     assert torch.equal(grad, 8 * x) != change and error(grad, 8 * x) < 0.02
 
 
+@pytest.mark.parametrize('is_kept', [False, True])
+def test_codes_of_what_is_still_there_are_freed(is_kept):
+    x = normal(8, 1024).requires_grad_()
+
+    def bytes_before_backward(drops):
+        kept = []
+
+        def forward():
+            compressed = CompressedActivations(8)
+            with compressed.saving():
+                y = x * 2
+                kept.append((y**2).sum())
+                if is_kept:
+                    kept.append(y)
+                del y
+                if drops:
+                    compressed.drop_needless_codes()
+
+        end = measure_memory(forward).end
+        (grad,) = torch.autograd.grad(kept[0], x)
+        assert torch.equal(grad, 8 * x) == is_kept
+        return end
+
+    freed = bytes_before_backward(drops=False) - bytes_before_backward(drops=True)
+    assert freed > x.numel() if is_kept else freed == 0
+
+
 def test_nothing_outlives_the_loss():
     model, x = network(), normal(2, 3, 16, 16)
     compressed = CompressedActivations(8)

@@ -102,7 +102,7 @@ def settings(share=0.3, weight=0.0):
     return dict(optim_wrapper=wrapper, iters=6)
 
 
-@pytest.mark.parametrize('weight', [0.0, 0.1])
+@pytest.mark.parametrize('weight', [0.0, 0.1, 'balanced'])
 def test_resuming_across_the_change_is_bitwise(tmp_path, weight):
     whole = train(tmp_path / 'whole', **settings(weight=weight))
     for stop in (2, 5):  # it changes behind the second iteration
@@ -110,7 +110,7 @@ def test_resuming_across_the_change_is_bitwise(tmp_path, weight):
         stopped = train(work_dir, stop=stop, **settings(weight=weight))
         local = stopped['optimizer']['local_learning']
         assert local['end_to_end'] == (stop == 5)
-        assert bool(local['heads']) == (stop == 2 or weight > 0)
+        assert bool(local['heads']) == (stop == 2 or bool(weight))
         assert differences(whole, train(work_dir, **settings(weight=weight))) == []
     other = train(tmp_path / 'local', **settings(share=None))  # control
     assert different(whole['state_dict'], other['state_dict'])

@@ -44,6 +44,8 @@ def model():
         (dict(end_to_end_from=True), r'end_to_end_from must be None or a share'),
         (dict(end_to_end_from=0, local_loss_weight=-1),
          r'local_loss_weight must be a number of at least 0'),
+        (dict(end_to_end_from=0, local_loss_weight='equal'),
+         r"local_loss_weight must be .*, or 'balanced', got 'equal'"),
         (dict(local_loss_weight=0.05),
          r'all steps are local: set .*end_to_end_from=0 for joint steps'),
         (dict(clip='none'), r"local_learning.clip must be one of"),

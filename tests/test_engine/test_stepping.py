@@ -42,6 +42,7 @@ def step_if(stepper, layers, seed, flag):
 @pytest.mark.parametrize('kind', ELEMENTWISE)
 def test_a_step_is_that_of_the_optimizer_or_none(kind, chunk, monkeypatch):
     monkeypatch.setattr(stepping, '_CHUNK_BYTES', chunk)
+    monkeypatch.setattr(stepping, '_LEAST_BYTES', chunk)
     layers, optimizer = build(kind)
     plain, control = build(kind)
     stepper = Stepper(optimizer)

@@ -89,7 +89,13 @@ def test_heads_of_joint_steps_run_before_their_modules_save():
 
 @pytest.mark.parametrize(
     ('share', 'weight', 'expected'),
-    [(None, 0.0, True), (0, 0.0, False), (0, 0.05, True), (0.5, 0.0, True)],
+    [
+        (None, 0.0, True),
+        (0, 0.0, False),
+        (0, 0.05, True),
+        (0, 'balanced', True),
+        (0.5, 0.0, True),
+    ],
 )
 def test_heads_count_wherever_a_step_has_local_losses(share, weight, expected):
     assert has_heads(dict(end_to_end_from=share, local_loss_weight=weight)) == expected

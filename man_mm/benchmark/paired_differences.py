@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from rich.table import Table
 from scipy import stats
 
+from .comparison_report import group_results
+
 # Of docs/protocol.md, in units of each metric.
 MARGINS = {'coco/bbox_mAP': 0.003, 'accuracy/top1': 0.3, 'PSNR': 0.03}
 
@@ -91,6 +93,24 @@ def paired_difference(
     return PairedDifference(seeds, mean, mean - half, mean + half)
 
 
+def paired_differences(results: Sequence[dict]) -> dict[str, PairedDifference]:
+    """The difference of each method from the first one, in the first metric.
+
+    Args:
+        results: What the runs of `compare` wrote, those of the baseline first.
+
+    Raises:
+        ValueError: If a method shares no seed with the first one.
+    """
+    metric = next(iter(results[0]['metrics']))
+    scores = {
+        name: {result['seed']: result['metrics'][metric] for result in group}
+        for name, group in group_results(results).items()
+    }
+    (_, baseline), *others = scores.items()
+    return {name: paired_difference(baseline, values) for name, values in others}
+
+
 def difference_rows(
     results: Sequence[dict], margin: float | None = None
 ) -> tuple[list[str], list[list[str]]]:
@@ -106,18 +126,16 @@ def difference_rows(
     """
     metric = next(iter(results[0]['metrics']))
     margin = MARGINS.get(metric) if margin is None else margin
-    groups: dict[str, dict[int, float]] = {}
-    for result in results:
-        scores = groups.setdefault(result['name'], {})
-        scores[result['seed']] = result['metrics'][metric]
-    (first, baseline), *others = groups.items()
-    head = [f'{metric} to {first}', 'seeds', 'mean', '95 % interval']
+    head = [f'{metric} to {results[0]["name"]}', 'seeds', 'mean', '95 % interval']
     head += [] if margin is None else [f'verdict at a margin of {margin:g}']
     rows = []
-    for name, scores in others:
-        difference = paired_difference(baseline, scores)
-        row = [name, str(len(difference.seeds)), f'{difference.mean:+.4g}']
-        row.append(f'{difference.low:+.4g} to {difference.high:+.4g}')
+    for name, difference in paired_differences(results).items():
+        mean, low, high = (
+            _signed(x, margin)
+            for x in (difference.mean, difference.low, difference.high)
+        )
+        interval = f'{low} to {high}' if len(difference.seeds) > 1 else ''
+        row = [name, str(len(difference.seeds)), mean, interval]
         row += [] if margin is None else [difference.verdict(margin)]
         rows.append(row)
     return head, rows
@@ -134,3 +152,10 @@ def make_difference_table(
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _signed(value: float, margin: float | None) -> str:
+    """A difference, to the second digit of the margin."""
+    if not margin:
+        return f'{value:+.4g}'
+    return f'{value:+.{1 - math.floor(math.log10(margin))}f}'

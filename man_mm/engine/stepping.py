@@ -20,7 +20,7 @@ from .optimizers import in_parts, optimizer_limited_to
 # state.
 _CHUNK_BYTES = 2**20
 _SHARE = 16  # of a module, at most
-_LEAST_BYTES = 2**18  # less is not worth a call
+_LEAST_BYTES = 2**15  # less is not worth a call
 _PART_BYTES = 2**21
 _SMALL = 2**14  # bytes of a tensor that is kept in one piece with others
 

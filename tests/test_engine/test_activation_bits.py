@@ -72,7 +72,9 @@ def test_updates_are_those_of_full_precision_in_less_memory(build, options):
     light, light_peak = train(build, 8, **options)
     coarse, _ = train(build, 4, **options)
     assert light_peak < peak
-    assert 0 < 3 * error(light, plain) < error(coarse, plain) < 0.5
+    # Half precision is nearly as coarse as 8 bits.
+    factor = 2 if 'amp' in options else 3
+    assert 0 < factor * error(light, plain) < error(coarse, plain) < 0.5
 
 
 @pytest.mark.parametrize('build', MODELS)

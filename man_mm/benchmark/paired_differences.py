@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from scipy import stats
 
-from .comparison_report import group_results
+from .comparison_report import group_results, metric_names
 
 # Of docs/protocol.md, in units of each metric.
 MARGINS = {'coco/bbox_mAP': 0.003, 'accuracy/top1': 0.3, 'PSNR': 0.03}
@@ -102,7 +102,7 @@ def paired_differences(results: Sequence[dict]) -> dict[str, PairedDifference]:
     Raises:
         ValueError: If a method shares no seed with the first one.
     """
-    metric = next(iter(results[0]['metrics']))
+    metric = metric_names(results)[0]
     scores = {
         name: {result['seed']: result['metrics'][metric] for result in group}
         for name, group in group_results(results).items()
@@ -124,7 +124,7 @@ def difference_rows(
     Returns:
         The head of the table, and its rows.
     """
-    metric = next(iter(results[0]['metrics']))
+    metric = metric_names(results)[0]
     margin = MARGINS.get(metric) if margin is None else margin
     head = [f'{metric} to {results[0]["name"]}', 'seeds', 'mean', '95 % interval']
     head += [] if margin is None else [f'verdict at a margin of {margin:g}']

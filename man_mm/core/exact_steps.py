@@ -265,9 +265,8 @@ class ExactSteps:
             del loss  # before the next slice needs the memory
             if early is not None:
                 self.under_way = early.module
-                outputs = {early.module.cut: x}
-                local = self._local_loss(early, outputs, images, x.grad)
-                del outputs
+                own = {early.module.cut: x}
+                local = self._local_loss(early, own, images, x.grad)
                 backward(self._factor * local, early.module, False)
                 del local
                 self.under_way = module

@@ -93,7 +93,7 @@ def test_each_parameter_at_once_is_updated_up_to_the_first_bad_gradient(
 
 
 @pytest.mark.parametrize('update', ['module', 'iteration', 'parameter'])
-def test_a_bad_loss_skips_all_modules_of_an_exact_step(model, broken, update):
+def test_a_bad_loss_skips_all_modules_of_an_exact_step(model, update):
     wrapper = build_wrapper(model, update=update, end_to_end_from=0)
     assert moved(model, wrapper) == [True] * 4  # control
     loss = model.bbox_head.loss_by_feat

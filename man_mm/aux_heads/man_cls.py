@@ -120,13 +120,16 @@ class MANClsHead(AuxHead):
         self, maps: Mapping[str, Tensor], targets: Any, bank: MemoryBank | None
     ) -> dict[str, Any]:
         """Local classification loss; see `AuxHead.forward`."""
+        return self.classifier.loss((self.features(maps, bank),), targets)
+
+    def features(self, maps: Mapping[str, Tensor], bank: MemoryBank | None) -> Tensor:
+        """What the classifier sees, ``(N, C)``: the SLM, and vectors from the bank."""
         features = [self.slm(maps[self.own])]
         for name, linear in zip(self.earlier, self.vectors, strict=True):
             known = None if bank is None else bank.statistics(name)
             vector = _standardised(maps[name].detach().mean((2, 3)), known)
             features.append(linear(vector).relu())
-        joined = sum(features) if self.adds else torch.cat(features, dim=1)
-        return self.classifier.loss((joined,), targets)
+        return sum(features) if self.adds else torch.cat(features, dim=1)
 
 
 class PooledSLM(nn.Module):

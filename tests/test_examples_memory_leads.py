@@ -1,0 +1,131 @@
+"""The heads of examples/memory_leads.py learn, with memories of fixed size."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    build_cifar_classifier,
+    build_wrapper,
+    check_local_losses_fall,
+    labelled_images,
+)
+
+torch.set_num_threads(1)
+
+EXAMPLES = Path(__file__).resolve().parent.parent / 'examples'
+runpy.run_path(str(EXAMPLES / 'memory_leads.py'))  # registers the heads
+
+# Options, and the memory that a step changes, if there is one.
+HEADS = {
+    'prototypes': (dict(type='Prototypes'), 'means'),
+    'soft-labels': (dict(type='SoftLabels'), 'means'),
+    'uniform': (dict(type='SoftLabels', uniform=True), None),
+    'by-channel': (dict(type='NextGradient'), 'means'),
+    'by-class': (dict(type='NextGradient', by_class=True), 'means'),
+    'queue': (dict(type='Contrast', length=6), 'remembered'),
+    'batch': (dict(type='Contrast', length=6, use_queue=False), None),
+    'running-head': (dict(type='RunningHead'), 'reader.weight'),
+    'learned-head': (dict(type='RunningHead', learned=True), None),
+    'retrieval': (dict(type='Retrieval', length=6), 'remembered'),
+    'reconciled': (dict(type='Reconciled'), None),
+}
+JOINT = dict(end_to_end_from=0.0, local_loss_weight=0.1)
+
+
+def train(aux_head, steps, **local_learning):
+    """The first head's state after each of some steps, and all its wrapper's state."""
+    model = build_cifar_classifier()
+    options = dict(aux_head=dict(aux_head, norm='BN'), **local_learning)
+    wrapper = build_wrapper(model, **options)
+    states = []
+    for _ in range(steps):
+        model.train_step(labelled_images(), wrapper)
+        state = wrapper.learner.heads[0].state_dict()
+        states.append({name: x.clone() for name, x in state.items()})
+    return states, wrapper.state_dict()
+
+
+@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('steps', ['local', 'joint'])
+def test_memory_moves_and_keeps_its_size(name, steps):
+    aux_head, memory = HEADS[name]
+    if steps == 'joint' and aux_head['type'] in ('NextGradient', 'Reconciled'):
+        pytest.skip('true gradients arrive there')
+    options = JOINT if steps == 'joint' else {}
+    states, _ = train(aux_head, 3, **options)
+    first, *_, last = states
+    assert {k: x.shape for k, x in first.items()} == {
+        k: x.shape for k, x in last.items()
+    }
+    assert all(x.isfinite().all() for x in last.values())
+    if memory is not None:
+        assert not first[memory].equal(last[memory])
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_local_losses_fall(name):
+    aux_head, _ = HEADS[name]
+    aux_head = dict(aux_head, norm='BN')
+    check_local_losses_fall(
+        build_cifar_classifier(), labelled_images(), 12, aux_head=aux_head
+    )
+
+
+def test_means_are_those_of_the_classes():
+    head = build_wrapper(
+        build_cifar_classifier(), aux_head=dict(type='Prototypes', momentum=0.5)
+    ).learner.heads[0]
+    one, two = torch.full((1, 32), 1.0), torch.full((1, 32), 4.0)
+    head.remember(torch.cat([one, two, two]), torch.tensor([0, 1, 0]))
+    assert head.means[:3, 0].tolist() == [2.5, 4.0, 0.0]
+    head.remember(two, torch.tensor([1]))
+    head.remember(one, torch.tensor([1]))
+    assert head.means[:3, 0].tolist() == [2.5, 2.5, 0.0]
+
+
+def test_transferred_prototypes_stay(tmp_path):
+    _, state = train(dict(type='Prototypes'), 2)
+    path = tmp_path / 'other.pth'
+    torch.save(dict(optimizer=state), path)
+    states, _ = train(dict(type='Prototypes', load_from=str(path)), 2)
+    expected = state['local_learning']['heads']['0.means']
+    assert all(x['means'].equal(expected) for x in states)
+    assert expected.any()
+
+
+def test_a_queue_forgets_what_is_oldest():
+    head = build_wrapper(
+        build_cifar_classifier(), aux_head=dict(type='Contrast', length=6, size=2)
+    ).learner.heads[0]
+    for step in range(4):
+        head.remember(torch.full((2, 2), float(step)), torch.tensor([step, step]))
+    assert head.classes.tolist() == [3, 3, 2, 2, 1, 1]
+
+
+def test_reconciled_gradients_agree_more():
+    """With a weight, neighbouring gradients grow alike; without one, they do not."""
+
+    def distance(weight):
+        torch.manual_seed(0)
+        model, batch = build_cifar_classifier(), labelled_images(side=32)
+        wrapper = build_wrapper(
+            model,
+            optimizer=dict(type='AdamW', lr=3e-3),
+            aux_head=dict(type='Reconciled', norm='BN', weight=weight),
+        )
+        head, terms = wrapper.learner.heads[1], []
+        term = head.term
+
+        def noted(*args):
+            terms.append(term(*args))
+            return terms[-1]
+
+        head.term = noted
+        for _ in range(40):
+            model.train_step(batch, wrapper)
+        return terms[-1].item()
+
+    assert distance(0.0) > 0.95
+    assert distance(10.0) < 0.92

@@ -52,7 +52,7 @@ def _rows(groups: dict[str, list[dict]], metrics: Sequence[str]) -> list[list[st
     rows = []
     base = next(iter(groups.values()))
     for name, group in groups.items():
-        values = [_spread([r['metrics'][key] for r in group]) for key in metrics]
+        values = [spread([r['metrics'][key] for r in group]) for key in metrics]
         difference = mean_of(group, metrics[0]) - mean_of(base, metrics[0])
         peak, seconds = group[0]['peak_bytes'], _seconds(group)
         rows.append(
@@ -78,7 +78,8 @@ def _seconds(group: Sequence[dict]) -> float:
     return statistics.median(result['step_seconds'] for result in group)
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation of a metric."""
     mean = statistics.mean(values)
     digits = 3 if mean > 1 else 4
     if len(values) == 1:

@@ -1,15 +1,16 @@
 """Tables in documents and metafiles that are generated from result files.
 
-In a document, ``<!-- results: KIND FOLDER -->`` and ``<!-- end of results -->`` enclose
-a table of a folder of ``benchmarks/results``; `tables.KINDS` lists the kinds. Two kinds
-are of the leaderboard's entries: ``entries FOLDER``, of a folder of ``configs``, and
-``claims ID ...``.
+In a document, ``<!-- results: KIND FOLDER ... -->`` and ``<!-- end of results -->``
+enclose a table of folders of ``benchmarks/results``; `tables.KINDS` lists the kinds.
+Two kinds are of the leaderboard's entries: ``entries FOLDER``, of a folder of
+``configs``, and ``claims ID ...``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 
 import yaml
@@ -84,17 +85,21 @@ def unclosed_markers(text: str) -> list[str]:
 
 
 def _block(name: str, root: Path, entries: Sequence[dict]) -> str:
-    kind, _, folder = name.partition(' ')
+    kind, _, rest = name.partition(' ')
     if kind not in (*KINDS, *ENTRY_KINDS):
         known = ', '.join((*KINDS, *ENTRY_KINDS))
         raise TableError(f'<!-- results: {name} -->: write one of {known}.')
     if kind in ENTRY_KINDS:
-        lines = list(ENTRY_KINDS[kind](entries, folder))
+        lines = list(ENTRY_KINDS[kind](entries, rest))
     else:
-        path = root / RESULTS / folder
-        if not any(path.glob('*.json')):
-            raise TableError(f'<!-- results: {name} -->: {RESULTS / folder} has none.')
-        lines = KINDS[kind](path)
+        folders = [RESULTS / folder for folder in rest.split()]
+        takes = len(signature(KINDS[kind]).parameters)
+        if len(folders) != takes:
+            raise TableError(f'<!-- results: {name} -->: {kind} takes {takes} folders.')
+        for folder in folders:
+            if not any((root / folder).glob('*.json')):
+                raise TableError(f'<!-- results: {name} -->: {folder} has none.')
+        lines = KINDS[kind](*(root / folder for folder in folders))
     return '\n'.join([_BEGIN.format(name), *lines, _END])
 
 

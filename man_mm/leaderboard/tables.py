@@ -18,6 +18,8 @@ from man_mm.benchmark import records as step_records
 from man_mm.benchmark.paired_differences import difference_rows
 from man_mm.benchmark.records import MIB
 
+from .dial_table import dial_rows
+
 
 class TableError(ValueError):
     """A marker that names no results."""
@@ -58,6 +60,15 @@ def _training(folder: Path) -> list[str]:
 def _differences(folder: Path) -> list[str]:
     """Differences from the first method, paired by seed, and their verdicts."""
     head, rows = difference_rows(comparison.read_folder(folder))
+    columns = f'| {" | ".join(head)} |'
+    return table_lines(columns, (f'| {" | ".join(row)} |' for row in rows))
+
+
+def _dial(trainings: Path, steps: Path) -> list[str]:
+    """Costs and accuracy of each setting of the dial."""
+    head, rows = dial_rows(
+        comparison.read_folder(trainings), step_records.read_records(steps)
+    )
     columns = f'| {" | ".join(head)} |'
     return table_lines(columns, (f'| {" | ".join(row)} |' for row in rows))
 
@@ -155,6 +166,7 @@ KINDS: dict[str, Callable] = {
     'peaks': _peaks,
     'training': _training,
     'differences': _differences,
+    'dial': _dial,
     'rates': _rates,
     'probes': _probes,
     'demo': _demo,

@@ -2,25 +2,25 @@
 
 Each head is a MAN head without a bank whose loss has a second term, which reads a
 memory that outlives the batch. Memories are buffers, so they are fixed in size, saved
-and resumed with the head. To compare all of them, from the folder of the clone:
+and resumed with the head. Names that begin with Det are of detectors, whose features
+are those at the centers of the objects. To compare, from the folder of the clone:
 
     PYTHONPATH=examples mim run man_mm compare @benchmarks/comparisons/memory_leads.txt
 """
-
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from man_mm import MANClsHead
+from man_mm import MANClsHead, MANDetHead
 from man_mm.aux_heads.classifier import count_classes, label_scores
+from man_mm.aux_heads.detector import num_classes
 from man_mm.core.local_losses import total_loss
 
 
-class LeadHead(MANClsHead):
-    """A MAN head whose loss is (L + w L') / (1 + w), with L' from `term`.
+class Lead:
+    """What all heads share: the loss is (L + w L') / (1 + w), with L' from `term`.
 
     Divided by the sum of the weights, L' does not also raise the rate of the module.
 
@@ -29,28 +29,21 @@ class LeadHead(MANClsHead):
         weight: The weight w.
         momentum: Share of the old value in each update of a running mean. The first
             updates are plain averages.
-        **options: Options of `MANClsHead`.
+        **options: Options of `MANClsHead` or `MANDetHead`.
     """
 
     def __init__(self, site, weight=0.2, momentum=0.99, **options):
         super().__init__(site, use_bank=False, **options)
         self.weight = weight
         self.momentum = momentum
-        self.num_classes = count_classes(site.model)
-        self.width = self.classifier.in_channels  # of the features
-        self.deep = site.model.head.in_channels  # of what the real head reads
         self.is_followed = False
 
-    def forward(self, maps, targets, bank):
-        features = self.features(maps, bank)
-        labels = label_scores(targets, self.num_classes).argmax(1)
-        loss = total_loss(self.classifier.loss((features,), targets))
+    def joined(self, loss, features, labels, maps):
+        """The sum, from L, features ``(N, C)``, labels ``(N,)`` and maps."""
+        if not len(labels):
+            return dict(loss=loss)
         term = self.term(features, labels, maps, loss)
         return dict(loss=(loss + self.weight * term) / (1 + self.weight))
-
-    def term(self, features: Tensor, labels: Tensor, maps: Mapping, loss: Tensor):
-        """L', from features ``(N, C)``, labels ``(N,)``, maps and the loss L."""
-        raise NotImplementedError
 
     def follow(self, model: nn.Module) -> None:
         """Called before each step, with the model as it was updated."""
@@ -62,15 +55,92 @@ class LeadHead(MANClsHead):
         """Registers hooks on the model."""
 
     def running(self, old: Tensor, new: Tensor, seen: Tensor) -> Tensor:
-        """Moves a mean after ``seen`` updates, in place of which it is returned."""
+        """A running mean after one more update, which follows ``seen`` others."""
         return torch.lerp(new, old, (seen / (seen + 1)).clamp(max=self.momentum))
 
 
-class ClassMeans(LeadHead):
+class ClsLead(Lead, MANClsHead):
+    """A lead of classifiers."""
+
+    def __init__(self, site, **options):
+        super().__init__(site, **options)
+        self.num_classes = count_classes(site.model)
+        self.width = self.classifier.in_channels  # of the features
+        self.deep = site.model.head.in_channels  # of what the real head reads
+
+    def forward(self, maps, targets, bank):
+        features = self.features(maps, bank)
+        labels = label_scores(targets, self.num_classes).argmax(1)
+        loss = total_loss(self.classifier.loss((features,), targets))
+        return self.joined(loss, features, labels, maps)
+
+    def watch_deep(self, model, remember):
+        """Calls ``remember`` with what the real head reads, and the labels."""
+        read = []
+        model.head.register_forward_pre_hook(lambda _, args: read.append(args[0][-1]))
+
+        def seen(_module, args):
+            if model.training:
+                remember(read[-1].detach(), args[1])
+            read.clear()
+
+        model.head.loss_module.register_forward_pre_hook(seen)
+
+
+class DetLead(Lead, MANDetHead):
+    """A lead of detectors with one dense head."""
+
+    def __init__(self, site, **options):
+        super().__init__(site, **options)
+        self.num_classes = num_classes(site.model)
+        self.width = self.detector.head.in_channels
+        self.deep = site.model.bbox_head.in_channels
+        self.finest = []
+        self.detector.head.register_forward_pre_hook(
+            lambda _, args: self.finest.append(args[0][0])
+        )
+
+    def forward(self, maps, targets, bank):
+        loss = total_loss(super().forward(maps, targets, bank))
+        features, labels = at_objects(self.finest.pop(), targets)
+        return self.joined(loss, features, labels, maps)
+
+    def watch_deep(self, model, remember):
+        """Calls ``remember`` with what the real head reads, and the labels."""
+        samples = []
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: samples.append(kwargs.get('data_samples')),
+            with_kwargs=True,
+        )
+
+        def seen(_module, args):
+            if model.training:
+                remember(*at_objects(args[0][0].detach(), samples[-1]))
+            samples.clear()
+
+        model.bbox_head.register_forward_pre_hook(seen)
+
+
+def at_objects(map_: Tensor, samples) -> tuple[Tensor, Tensor]:
+    """The vectors ``(N, C)`` of a map at the centers of N objects, and their labels."""
+    vectors, labels = [], []
+    for values, sample in zip(map_, samples, strict=True):
+        boxes = sample.gt_instances.bboxes
+        boxes = getattr(boxes, 'tensor', boxes).to(map_)
+        height, width = sample.pad_shape[:2]
+        rows, columns = map_.shape[2:]
+        x = (boxes[:, 0] + boxes[:, 2]) / 2 / width * columns
+        y = (boxes[:, 1] + boxes[:, 3]) / 2 / height * rows
+        x, y = x.long().clamp(0, columns - 1), y.long().clamp(0, rows - 1)
+        vectors.append(values[:, y, x].T)
+        labels.append(sample.gt_instances.labels)
+    return torch.cat(vectors), torch.cat(labels)
+
+
+class ClassMeans:
     """Remembers the mean of something, class by class."""
 
-    def __init__(self, site, size, **options):
-        super().__init__(site, **options)
+    def new_means(self, size: int) -> None:
         self.register_buffer('means', torch.zeros(self.num_classes, size))
         self.register_buffer('seen', torch.zeros(self.num_classes, 1))
 
@@ -85,37 +155,30 @@ class ClassMeans(LeadHead):
         self.seen = self.seen + (counts > 0)
 
 
-@MODELS.register_module()
-class Prototypes(ClassMeans):
+class PrototypeTerm(ClassMeans):
     """1: features are drawn to the deep prototype of their class.
 
     Args:
         site: Where the head sits.
         temperature: Of the softmax over cosines.
-        load_from: Checkpoint of another training with this head, whose prototypes are
+        load_from: Checkpoint of another training by `Prototypes`, whose prototypes are
             read and never updated (6: transfer).
-        **options: Options of `LeadHead`.
+        **options: Options of `Lead`.
     """
 
     def __init__(self, site, temperature=0.3, load_from=None, **options):
-        super().__init__(site, site.model.head.in_channels, **options)
+        super().__init__(site, **options)
         self.temperature = temperature
-        self.frozen = load_from is not None
-        self.project = nn.Linear(self.width, self.deep)
-        if self.frozen:
+        self.new_means(self.deep)
+        self.is_frozen = load_from is not None
+        if self.is_frozen:
             state = torch.load(load_from, map_location='cpu', weights_only=False)
             self.means = state['optimizer']['local_learning']['heads']['0.means']
+        self.project = nn.Linear(self.width, self.means.shape[1])
 
     def watch(self, model):
-        seen = []
-        model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0][-1]))
-
-        def remember(_module, args):
-            if not self.frozen and model.training:
-                self.remember(seen[-1].detach(), args[1])
-            seen.clear()
-
-        model.head.loss_module.register_forward_pre_hook(remember)
+        if not self.is_frozen:
+            self.watch_deep(model, self.remember)
 
     def term(self, features, labels, maps, loss):
         means = self.means - self.means.mean(0)
@@ -124,12 +187,23 @@ class Prototypes(ClassMeans):
 
 
 @MODELS.register_module()
-class SoftLabels(ClassMeans):
+class Prototypes(PrototypeTerm, ClsLead):
+    """Of classifiers."""
+
+
+@MODELS.register_module()
+class DetPrototypes(PrototypeTerm, DetLead):
+    """Of detectors."""
+
+
+@MODELS.register_module()
+class SoftLabels(ClassMeans, ClsLead):
     """1: targets are mixed with what the real head says of the class, on average."""
 
     def __init__(self, site, uniform=False, **options):
-        super().__init__(site, count_classes(site.model), **options)
+        super().__init__(site, **options)
         self.uniform = uniform  # a control, which knows nothing
+        self.new_means(self.num_classes)
 
     def watch(self, model):
         def remember(_module, args):
@@ -146,14 +220,15 @@ class SoftLabels(ClassMeans):
 
 
 @MODELS.register_module()
-class NextGradient(ClassMeans):
+class NextGradient(ClassMeans, ClsLead):
     """2: the gradient of the next module's loss at its input, by class or channel."""
 
     def __init__(self, site, by_class=False, **options):
-        super().__init__(site, site.own[-1].channels, **options)
+        super().__init__(site, **options)
         self.by_class = by_class
         self.following = site.ahead[0].name
         self.labels = None
+        self.new_means(site.own[-1].channels)
 
     def watch(self, model):
         def enter(_module, args):
@@ -173,11 +248,10 @@ class NextGradient(ClassMeans):
         return (maps[self.own].sum((2, 3)) * self.means[self.labels]).sum(1).mean()
 
 
-class QueueHead(LeadHead):
+class Queue:
     """Remembers vectors of earlier batches, with their labels."""
 
-    def __init__(self, site, length=512, size=32, **options):
-        super().__init__(site, **options)
+    def new_queue(self, length: int, size: int) -> None:
         self.project = nn.Linear(self.width, size)
         self.register_buffer('remembered', torch.zeros(length, size))
         self.register_buffer('classes', torch.full((length,), -1))
@@ -189,14 +263,19 @@ class QueueHead(LeadHead):
         self.classes = torch.cat([labels, self.classes[:kept]])
 
 
-@MODELS.register_module()
-class Contrast(QueueHead):
-    """3: supervised contrastive loss with the batch and a queue behind it."""
+class ContrastTerm(Queue):
+    """3: supervised contrastive loss with the batch and a queue behind it.
 
-    def __init__(self, site, temperature=0.1, use_queue=True, **options):
+    Without ``use_queue``, a control, the batch alone.
+    """
+
+    def __init__(
+        self, site, length=512, size=32, temperature=0.1, use_queue=True, **options
+    ):
         super().__init__(site, **options)
         self.temperature = temperature
         self.use_queue = use_queue
+        self.new_queue(length, size)
 
     def term(self, features, labels, maps, loss):
         own = F.normalize(self.project(features))
@@ -215,13 +294,23 @@ class Contrast(QueueHead):
 
 
 @MODELS.register_module()
-class RunningHead(LeadHead):
+class Contrast(ContrastTerm, ClsLead):
+    """Of classifiers."""
+
+
+@MODELS.register_module()
+class DetContrast(ContrastTerm, DetLead):
+    """Of detectors."""
+
+
+@MODELS.register_module()
+class RunningHead(ClsLead):
     """4: features are read by the real head's running mean, through a projection.
 
     Args:
         site: Where the head sits.
         learned: A control: a layer of its own that learns, in place of the mean.
-        **options: Options of `LeadHead`.
+        **options: Options of `Lead`.
     """
 
     def __init__(self, site, learned=False, **options):
@@ -248,12 +337,13 @@ class RunningHead(LeadHead):
 
 
 @MODELS.register_module()
-class Retrieval(QueueHead):
+class Retrieval(Queue, ClsLead):
     """5: attention over remembered vectors adds their labels to the scores."""
 
-    def __init__(self, site, temperature=0.1, **options):
+    def __init__(self, site, length=512, size=32, temperature=0.1, **options):
         super().__init__(site, **options)
         self.temperature = temperature
+        self.new_queue(length, size)
         self.factor = nn.Parameter(torch.ones(()))
 
     def forward(self, maps, targets, bank):
@@ -270,7 +360,7 @@ class Retrieval(QueueHead):
 
 
 @MODELS.register_module()
-class Reconciled(LeadHead):
+class Reconciled(ClsLead):
     """Beside 2: neighbouring gradients agree, without a memory (arXiv 2406.05222).
 
     L' is 1 minus the cosine of the gradient of this module's loss at its input and that

@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    batch_of,
     build_cifar_classifier,
+    build_detector,
     build_wrapper,
     check_local_losses_fall,
+    detector_config,
     labelled_images,
 )
 
 torch.set_num_threads(1)
 
 EXAMPLES = Path(__file__).resolve().parent.parent / 'examples'
-runpy.run_path(str(EXAMPLES / 'memory_leads.py'))  # registers the heads
+LEADS = runpy.run_path(str(EXAMPLES / 'memory_leads.py'))  # registers the heads
 
 # Options, and the memory that a step changes, if there is one.
 HEADS = {
@@ -71,6 +74,37 @@ def test_local_losses_fall(name):
     check_local_losses_fall(
         build_cifar_classifier(), labelled_images(), 12, aux_head=aux_head
     )
+
+
+@pytest.mark.parametrize('steps', ['local', 'joint'])
+@pytest.mark.parametrize(
+    'name, memory',
+    [('DetPrototypes', 'means'), ('DetContrast', 'remembered')],
+)
+def test_memories_of_detectors_move(name, memory, steps):
+    model = build_detector(detector_config('retinanet', 18))
+    options = JOINT if steps == 'joint' else {}
+    wrapper = build_wrapper(model, aux_head=dict(type=name), **options)
+    memories = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model.train_step(batch_of(), wrapper)
+        memories.append(getattr(wrapper.learner.heads[0], memory).clone())
+    assert memories[0].any()
+    assert not memories[0].equal(memories[1])
+    assert all(loss.isfinite() for loss in wrapper.learner.losses.values())
+
+
+def test_objects_are_found_at_their_centers():
+    (batch,) = [batch_of(size=1, height=64, width=96)]
+    sample = batch['data_samples'][0]
+    sample.set_metainfo(dict(pad_shape=(64, 96)))
+    map_ = torch.arange(8 * 12.0).view(1, 1, 8, 12)
+    boxes = sample.gt_instances.bboxes
+    x, y = (boxes[:, :2] + boxes[:, 2:]).T / 2 // 8
+    vectors, labels = LEADS['at_objects'](map_, [sample])
+    assert vectors[:, 0].tolist() == (12 * y + x).tolist()
+    assert labels.equal(sample.gt_instances.labels)
 
 
 def test_means_are_those_of_the_classes():

@@ -94,7 +94,7 @@ def measure_schemes(
         for name in progress.track(list(built), description='memory and FLOPs'):
             try:
                 results[name] = _measure_one(
-                    name, built[name], references, initial, device
+                    name, built[name], units, references, initial, device
                 )
             except RuntimeError as error:
                 if schemes or 'BFloat16' not in str(error):
@@ -187,6 +187,7 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
 def _measure_one(
     name: str,
     scheme: Built,
+    units: Sequence[Unit],
     references: References,
     initial: dict[str, Tensor],
     device: str,
@@ -202,7 +203,7 @@ def _measure_one(
     report = measure_memory(
         scheme.step,
         device=device,
-        groups=stage_groups(find_units(scheme.model), scheme.model),
+        groups=stage_groups(units, scheme.model),
         learner=scheme.learner,
     )
     cuda = ('allocated', 'reserved', 'requested')

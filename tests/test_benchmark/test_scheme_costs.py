@@ -331,6 +331,16 @@ def test_whole_modules_are_recomputed_in_the_memory_of_exact_steps(cfg):
     assert found['exact+update=parameter'] <= 1.02 * found[whole]
 
 
+def test_recomputed_modules_of_a_backbone_without_adapter(cfg):
+    """Its units are found by running it, which its recomputed blocks would hide."""
+    cfg.model.backbone = ConfigDict(
+        type='MobileNetV2', widen_factor=0.25, out_indices=(1, 2, 4, 6)
+    )
+    cfg.model.neck.in_channels = [8, 8, 24, 80]
+    found = peaks(cfg, 'end-to-end+lean', 'end-to-end+lean+stages')
+    assert found['end-to-end+lean+stages'] < found['end-to-end+lean']
+
+
 def test_frozen_stages_are_not_recomputed(cfg):
     cfg.model.backbone.frozen_stages = 1
     init_default_scope('mmdet')

@@ -44,7 +44,8 @@ def dial_rows(
     Args:
         results: What the runs of `compare` wrote, those of the baseline first.
         records: What `benchmark` measured of the same network: all kinds of steps of
-            these trainings. Others of them have the accuracy of the baseline.
+            these trainings, and others, of which exact ones need no training: they
+            have the gradients of the baseline.
 
     Returns:
         The head of the table, and its rows: peak, time and FLOPs as ratios, accuracy
@@ -59,7 +60,7 @@ def dial_rows(
     used = set()
     for name, group in groups.items():
         shares = scheme_shares(group[0])
-        used.update(shares)
+        used.update(shares if len(shares) == 1 else ())
         peak = max(costs[scheme]['peak_ratio'] for scheme in shares)
         time, flops = (
             sum(share * costs[scheme][key] for scheme, share in shares.items())
@@ -74,7 +75,9 @@ def dial_rows(
         if scheme in used:
             continue
         cells = [f'{record[f"{key}_ratio"]:.3f}' for key in ('peak', 'time', 'flops')]
-        rows.append([scheme, *cells, 'its gradients', '', '', '', ''])
+        is_exact = scheme.startswith(('end-to-end', 'exact'))
+        accuracy = 'its gradients' if is_exact else ''
+        rows.append([scheme, *cells, accuracy, '', '', '', ''])
     others.sort(key=lambda name: -trained[name][0])
     rows += [trained[name][1] for name in others]
     head = ['', 'peak', 'time', 'FLOPs', metric]

@@ -65,8 +65,9 @@ def test_dial_shows_costs_of_mixtures_beside_accuracy():
     )
     costs = {
         'end-to-end': (1, 1, 1),
-        'strongest': (0.5, 1.2, 1.3),
+        'end-to-end+stages': (0.5, 1.2, 1.3),
         'exact': (0.5, 1.3, 1.3),
+        'joint': (0.5, 1.4, 1.4),
         'local': (0.4, 1.1, 1.1),
     }
     records = [
@@ -75,9 +76,11 @@ def test_dial_shows_costs_of_mixtures_beside_accuracy():
     ]
     head, rows = dial_rows(results, records)
     assert {len(row) for row in rows} == {len(head)}
-    first, strongest, dial, local = rows
+    first, strongest, exact, joint, dial, local = rows
     assert first[:5] == ['plain', '1.000', '1.000', '1.000', '0.2100 ± 0.0141']
-    assert strongest[:5] == ['strongest', '0.500', '1.200', '1.300', 'its gradients']
+    assert strongest[0] == 'end-to-end+stages' and strongest[4] == 'its gradients'
+    assert exact[:5] == ['exact', '0.500', '1.300', '1.300', 'its gradients']
+    assert joint[0] == 'joint' and joint[4] == ''  # nobody trained it
     assert dial[:4] == ['dial', '0.500', '1.250', '1.250']  # 1.1 / 4 + 1.3 * 3 / 4
     assert dial[5:7] == ['2', '+0.0100']
     assert local[:4] == ['MAN', '0.400', '1.100', '1.100']

@@ -49,23 +49,25 @@ class LightDetector(nn.Module):
         maps = (*site.earlier, *site.own) if use_bank else site.own
         self.pyramid = LocalPyramid(maps, strides, channels, num_blocks)
         self.class_agnostic = classes == 1
-        self.head = root.MODELS.build(
-            dict(
-                type='mmdet.ATSSHead',
-                num_classes=classes,
-                in_channels=channels,
-                feat_channels=channels,
-                stacked_convs=num_convs,
-                norm_cfg=dict(type='GN', num_groups=num_groups(channels)),
-                anchor_generator=dict(
-                    type='AnchorGenerator',
-                    ratios=[1.0],
-                    octave_base_scale=anchor_scale(site.model),
-                    scales_per_octave=1,
-                    strides=self.pyramid.levels,
-                ),
+        # Its parts are found in mmdet, whatever scope the caller is in.
+        with root.DefaultScope.overwrite_default_scope('mmdet'):
+            self.head = root.MODELS.build(
+                dict(
+                    type='mmdet.ATSSHead',
+                    num_classes=classes,
+                    in_channels=channels,
+                    feat_channels=channels,
+                    stacked_convs=num_convs,
+                    norm_cfg=dict(type='GN', num_groups=num_groups(channels)),
+                    anchor_generator=dict(
+                        type='AnchorGenerator',
+                        ratios=[1.0],
+                        octave_base_scale=anchor_scale(site.model),
+                        scales_per_octave=1,
+                        strides=self.pyramid.levels,
+                    ),
+                )
             )
-        )
         self.head.init_weights()
         self.head.register_forward_hook(in_full_precision)
         self.cls_weight = cls_weight

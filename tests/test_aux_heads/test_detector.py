@@ -13,7 +13,7 @@ from conftest import (
 )
 from dense_heads import build_reference
 from mmengine.logging import MessageHub
-from mmengine.registry import TASK_UTILS
+from mmengine.registry import TASK_UTILS, DefaultScope
 from torch import nn
 
 from man_mm.aux_heads import detector
@@ -197,3 +197,10 @@ def test_heads_on_the_same_levels_share_their_targets(bank, calls, monkeypatch):
     for step in (1, 2):
         model.train_step(batch_of(), wrapper)
         assert len(seen) == step * calls
+
+
+def test_heads_are_built_in_any_scope():
+    model = build_detector(detector_config('retinanet', 18))
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        wrapper = build_wrapper(model)
+    assert {type(head).__name__ for head in wrapper.learner.heads} == {'MANDetHead'}

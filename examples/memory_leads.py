@@ -126,11 +126,10 @@ def at_objects(map_: Tensor, samples) -> tuple[Tensor, Tensor]:
     vectors, labels = [], []
     for values, sample in zip(map_, samples, strict=True):
         boxes = sample.gt_instances.bboxes
-        boxes = getattr(boxes, 'tensor', boxes).to(map_)
+        x, y = (boxes[:, :2] + boxes[:, 2:]).T / 2
         height, width = sample.pad_shape[:2]
         rows, columns = map_.shape[2:]
-        x = (boxes[:, 0] + boxes[:, 2]) / 2 / width * columns
-        y = (boxes[:, 1] + boxes[:, 3]) / 2 / height * rows
+        x, y = x / width * columns, y / height * rows
         x, y = x.long().clamp(0, columns - 1), y.long().clamp(0, rows - 1)
         vectors.append(values[:, y, x].T)
         labels.append(sample.gt_instances.labels)
@@ -370,19 +369,20 @@ class Reconciled(ClsLead):
     def __init__(self, site, **options):
         super().__init__(site, **options)
         self.needs_bank = True  # for what heads of a step share
-        self.first = site.module.index == 0
+        self.is_first = site.module.index == 0
         self.start = site.module.parts[0]
         self.reads = frozenset()
         self.input = None
 
     def watch(self, model):
         def enter(_module, args):
-            if not torch.is_grad_enabled() or self.first:
+            if not torch.is_grad_enabled():
                 return args
             self.input = args[0].detach().requires_grad_()
             return self.input, *args[1:]
 
-        model.get_submodule(self.start).register_forward_pre_hook(enter)
+        if not self.is_first:  # nothing in front could agree
+            model.get_submodule(self.start).register_forward_pre_hook(enter)
 
     def forward(self, maps, targets, bank):
         self.shared = bank.shared

@@ -96,8 +96,7 @@ def test_memories_of_detectors_move(name, memory, steps):
 
 
 def test_objects_are_found_at_their_centers():
-    (batch,) = [batch_of(size=1, height=64, width=96)]
-    sample = batch['data_samples'][0]
+    (sample,) = batch_of(size=1, height=64, width=96)['data_samples']
     sample.set_metainfo(dict(pad_shape=(64, 96)))
     map_ = torch.arange(8 * 12.0).view(1, 1, 8, 12)
     boxes = sample.gt_instances.bboxes

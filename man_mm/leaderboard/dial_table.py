@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from man_mm.benchmark.comparison_report import group_results, metric_names, spread
 from man_mm.benchmark.paired_differences import difference_rows
+from man_mm.benchmark.schemes import END_TO_END, EXACT, JOINT, LOCAL
 
 _KEY = 'optim_wrapper.local_learning.'
 
@@ -25,14 +26,14 @@ def scheme_shares(result: dict) -> dict[str, float]:
         {'local': 0.2, 'exact': 0.8}
     """
     if not result['cuts']:
-        return {'end-to-end': 1.0}
+        return {END_TO_END: 1.0}
     options = dict(option.split('=', 1) for option in result['options'])
     start = options.get(f'{_KEY}end_to_end_from', 'None')
     if start == 'None':
-        return {'local': 1.0}
+        return {LOCAL: 1.0}
     weight = options.get(f'{_KEY}local_loss_weight', '0')
-    later = 'joint' if weight == 'balanced' or float(weight) else 'exact'
-    shares = {'local': float(start), later: 1 - float(start)}
+    later = JOINT if weight == 'balanced' or float(weight) else EXACT
+    shares = {LOCAL: float(start), later: 1 - float(start)}
     return {scheme: share for scheme, share in shares.items() if share}
 
 
@@ -53,32 +54,42 @@ def dial_rows(
     """
     costs = {record['scheme']: record for record in records}
     metric = metric_names(results)[0]
-    _, differences = difference_rows(results)
-    by_name = {name: rest for name, *rest in differences}
-    groups = group_results(results)
-    trained: dict[str, tuple[float, list[str]]] = {}
-    used = set()
-    for name, group in groups.items():
-        shares = scheme_shares(group[0])
-        used.update(shares if len(shares) == 1 else ())
-        peak = max(costs[scheme]['peak_ratio'] for scheme in shares)
-        time, flops = (
-            sum(share * costs[scheme][key] for scheme, share in shares.items())
-            for key in ('time_ratio', 'flops_ratio')
-        )
-        accuracy = spread([result['metrics'][metric] for result in group])
-        cells = [f'{peak:.3f}', f'{time:.3f}', f'{flops:.3f}', accuracy]
-        trained[name] = time, [name, *cells, *by_name.get(name, ['', '', '', ''])]
-    first, *others = trained
-    rows = [trained[first][1]]
-    for scheme, record in costs.items():
-        if scheme in used:
-            continue
-        cells = [f'{record[f"{key}_ratio"]:.3f}' for key in ('peak', 'time', 'flops')]
-        is_exact = scheme.startswith(('end-to-end', 'exact'))
-        accuracy = 'its gradients' if is_exact else ''
-        rows.append([scheme, *cells, accuracy, '', '', '', ''])
-    others.sort(key=lambda name: -trained[name][0])
-    rows += [trained[name][1] for name in others]
+    differences = {name: rest for name, *rest in difference_rows(results)[1]}
     head = ['', 'peak', 'time', 'FLOPs', metric]
-    return [*head, 'seeds', 'difference', '95 % interval', 'verdict'], rows
+    head += ['seeds', 'difference', '95 % interval', 'verdict']
+
+    def row(name: str, shares: dict[str, float], accuracy: str) -> list[str]:
+        cells = [name, *(f'{x:.3f}' for x in _ratios(costs, shares)), accuracy]
+        cells += differences.get(name, ())
+        return cells + [''] * (len(head) - len(cells))
+
+    groups = group_results(results)
+    shares = {name: scheme_shares(group[0]) for name, group in groups.items()}
+    trained = {
+        name: row(name, shares[name], spread([r['metrics'][metric] for r in group]))
+        for name, group in groups.items()
+    }
+    others = [
+        row(scheme, {scheme: 1.0}, 'its gradients' if _is_exact(scheme) else '')
+        for scheme in costs
+        if {scheme: 1.0} not in shares.values()
+    ]
+    first, *rest = trained
+    rest.sort(key=lambda name: -_ratios(costs, shares[name])[1])
+    return head, [trained[first], *others, *(trained[name] for name in rest)]
+
+
+def _ratios(
+    costs: Mapping[str, dict], shares: Mapping[str, float]
+) -> tuple[float, float, float]:
+    """Peak, time and FLOPs of a training: the highest peak, and means of its steps."""
+    peak = max(costs[scheme]['peak_ratio'] for scheme in shares)
+    time, flops = (
+        sum(share * costs[scheme][key] for scheme, share in shares.items())
+        for key in ('time_ratio', 'flops_ratio')
+    )
+    return peak, time, flops
+
+
+def _is_exact(scheme: str) -> bool:
+    return scheme.startswith((END_TO_END, EXACT))

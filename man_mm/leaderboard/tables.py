@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from man_mm.benchmark import (
@@ -30,6 +30,12 @@ def table_lines(columns: str, rows: Iterable[str], left: int = 1) -> list[str]:
     count = columns.count('|') - 1
     line = '|' + '---|' * left + '---:|' * (count - left)
     return [columns, line, *rows]
+
+
+def _cell_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table of cells, of which the first of each row is text."""
+    columns, *lines = (f'| {" | ".join(row)} |' for row in (head, *rows))
+    return table_lines(columns, lines)
 
 
 def _steps(folder: Path) -> list[str]:
@@ -59,18 +65,13 @@ def _training(folder: Path) -> list[str]:
 
 def _differences(folder: Path) -> list[str]:
     """Differences from the first method, paired by seed, and their verdicts."""
-    head, rows = difference_rows(comparison.read_folder(folder))
-    columns = f'| {" | ".join(head)} |'
-    return table_lines(columns, (f'| {" | ".join(row)} |' for row in rows))
+    return _cell_table(*difference_rows(comparison.read_folder(folder)))
 
 
 def _dial(trainings: Path, steps: Path) -> list[str]:
     """Costs and accuracy of each setting of the dial."""
-    head, rows = dial_rows(
-        comparison.read_folder(trainings), step_records.read_records(steps)
-    )
-    columns = f'| {" | ".join(head)} |'
-    return table_lines(columns, (f'| {" | ".join(row)} |' for row in rows))
+    results = comparison.read_folder(trainings)
+    return _cell_table(*dial_rows(results, step_records.read_records(steps)))
 
 
 def _pipeline(folder: Path) -> list[str]:
@@ -110,9 +111,9 @@ def _rates(folder: Path) -> list[str]:
 
 def _probes(folder: Path) -> list[str]:
     results = stage_probes.read_folder(folder)
-    columns = f'| | {" | ".join(results[0]["accuracies"])} |'
-    rows = stage_probes.probe_rows(results)
-    return table_lines(columns, (f'| {" | ".join(row)} |' for row in rows))
+    return _cell_table(
+        ['', *results[0]['accuracies']], stage_probes.probe_rows(results)
+    )
 
 
 def _demo(folder: Path) -> list[str]:

@@ -65,7 +65,18 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> Config:
         cfg.merge_from_dict(parser.parse_args(['--options', *options]).options)
     if 'model' in cfg and 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    import_modules_from_strings(**cfg.get('custom_imports', dict(imports=None)))
+    import_custom_modules(cfg)
     with quiet():
         init_default_scope(cfg.get('default_scope', 'mmdet'))
     return cfg
+
+
+def import_custom_modules(cfg: Config) -> None:
+    """Imports the ``custom_imports`` of a config, also those that an option has set.
+
+    mmengine imports only those of the file, when it reads it.
+
+    Args:
+        cfg: The config.
+    """
+    import_modules_from_strings(**cfg.get('custom_imports', dict(imports=None)))

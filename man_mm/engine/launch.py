@@ -13,7 +13,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .config_files import find_config
+from .config_files import find_config, import_custom_modules
 
 _AMP = {
     'OptimWrapper': 'AmpOptimWrapper',
@@ -46,6 +46,7 @@ def read_run_config(
     cfg = Config.fromfile(find_config(path))
     cfg.launcher = launcher
     cfg.merge_from_dict(options or {})
+    import_custom_modules(cfg)
     if work_dir is not None:
         cfg.work_dir = work_dir
     elif cfg.get('work_dir') is None:

@@ -1,6 +1,6 @@
-"""The heads of examples/memory_leads.py learn, with memories of fixed size."""
+"""The heads of examples/memory_leads learn, with memories of fixed size."""
 
-import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,29 +9,32 @@ from conftest import (
     batch_of,
     build_cifar_classifier,
     build_detector,
+    build_restorer,
     build_wrapper,
     check_local_losses_fall,
     detector_config,
+    image_pairs,
     labelled_images,
 )
 
 torch.set_num_threads(1)
 
-EXAMPLES = Path(__file__).resolve().parent.parent / 'examples'
-LEADS = runpy.run_path(str(EXAMPLES / 'memory_leads.py'))  # registers the heads
+sys.path.append(str(Path(__file__).resolve().parent.parent / 'examples'))
+from memory_leads.detectors import at_objects  # noqa: E402
+from memory_leads.memories import ClassMeans, Queue  # noqa: E402
 
 # Options, and the memory that a step changes, if there is one.
 HEADS = {
-    'prototypes': (dict(type='Prototypes'), 'means'),
-    'soft-labels': (dict(type='SoftLabels'), 'means'),
+    'prototypes': (dict(type='Prototypes'), 'prototypes.means'),
+    'soft-labels': (dict(type='SoftLabels'), 'answers.means'),
     'uniform': (dict(type='SoftLabels', uniform=True), None),
-    'by-channel': (dict(type='NextGradient'), 'means'),
-    'by-class': (dict(type='NextGradient', by_class=True), 'means'),
-    'queue': (dict(type='Contrast', length=6), 'remembered'),
+    'by-channel': (dict(type='NextGradient'), 'gradients.means'),
+    'by-class': (dict(type='NextGradient', by_class=True), 'gradients.means'),
+    'queue': (dict(type='Contrast', length=6), 'queue.vectors'),
     'batch': (dict(type='Contrast', length=6, use_queue=False), None),
     'running-head': (dict(type='RunningHead'), 'reader.weight'),
     'learned-head': (dict(type='RunningHead', learned=True), None),
-    'retrieval': (dict(type='Retrieval', length=6), 'remembered'),
+    'retrieval': (dict(type='Retrieval', length=6), 'queue.vectors'),
     'reconciled': (dict(type='Reconciled'), None),
 }
 JOINT = dict(end_to_end_from=0.0, local_loss_weight=0.1)
@@ -79,7 +82,7 @@ def test_local_losses_fall(name):
 @pytest.mark.parametrize('steps', ['local', 'joint'])
 @pytest.mark.parametrize(
     'name, memory',
-    [('DetPrototypes', 'means'), ('DetContrast', 'remembered')],
+    [('DetPrototypes', 'prototypes.means'), ('DetContrast', 'queue.vectors')],
 )
 def test_memories_of_detectors_move(name, memory, steps):
     model = build_detector(detector_config('retinanet', 18))
@@ -89,10 +92,49 @@ def test_memories_of_detectors_move(name, memory, steps):
     for seed in range(2):
         torch.manual_seed(seed)
         model.train_step(batch_of(), wrapper)
-        memories.append(getattr(wrapper.learner.heads[0], memory).clone())
+        memories.append(wrapper.learner.heads[0].state_dict()[memory].clone())
     assert memories[0].any()
     assert not memories[0].equal(memories[1])
     assert all(loss.isfinite() for loss in wrapper.learner.losses.values())
+
+
+@pytest.mark.parametrize('steps', ['local', 'joint'])
+@pytest.mark.parametrize('name', ['edsr', 'srresnet'])
+def test_memories_of_restorers_move(name, steps):
+    model = build_restorer(name)
+    options = JOINT if steps == 'joint' else {}
+    aux_head = dict(type='SRPrototypes', channels=4, num_codes=8)
+    wrapper = build_wrapper(model, aux_head=aux_head, **options)
+    states = []
+    for seed in range(2):
+        model.train_step(image_pairs(seed=seed), wrapper)
+        states.append(wrapper.learner.heads[0].state_dict())
+    for memory in ('prototypes.means', 'codebook.means'):
+        assert states[0][memory].any()
+        assert not states[0][memory].equal(states[1][memory])
+    assert all(loss.isfinite() for loss in wrapper.learner.losses.values())
+
+
+def test_codes_are_those_of_the_nearest_patches():
+    wrapper = build_wrapper(
+        build_restorer('edsr'),
+        aux_head=dict(type='SRPrototypes', channels=4, num_codes=2, momentum=0.5),
+    )
+    head = wrapper.learner.heads[0]
+    images = torch.rand(2, 3, 32, 32)
+    patches = head.patches(images)
+    # The second pixel of the first row is the fifth of the input.
+    patch = images[0, :, :4, 6:12]
+    padded = torch.cat([torch.zeros(3, 2, 6), patch], 1)
+    assert torch.allclose(patches[1], (padded - padded.mean()).flatten(), atol=1e-6)
+    features = torch.arange(2 * 16 * 16.0).view(2, 1, 16, 16)
+    assert head.at_pixels(features)[:6, 0].tolist() == [0, 4, 8, 12, 64, 68]
+    assert len(patches) == len(head.at_pixels(features)) == 2 * 4 * 4
+    codes = head.codes_of(patches)
+    assert codes[0] == 0 and codes[-1] == 1  # the first batch's own patches
+    assert head.codes_of(patches[[3, 3]]).unique().numel() == 1
+    near = head.codebook.means[[1, 0]] + 1e-3
+    assert head.codes_of(near).tolist() == [1, 0]
 
 
 def test_objects_are_found_at_their_centers():
@@ -101,21 +143,19 @@ def test_objects_are_found_at_their_centers():
     map_ = torch.arange(8 * 12.0).view(1, 1, 8, 12)
     boxes = sample.gt_instances.bboxes
     x, y = (boxes[:, :2] + boxes[:, 2:]).T / 2 // 8
-    vectors, labels = LEADS['at_objects'](map_, [sample])
+    vectors, labels = at_objects(map_, [sample])
     assert vectors[:, 0].tolist() == (12 * y + x).tolist()
     assert labels.equal(sample.gt_instances.labels)
 
 
 def test_means_are_those_of_the_classes():
-    head = build_wrapper(
-        build_cifar_classifier(), aux_head=dict(type='Prototypes', momentum=0.5)
-    ).learner.heads[0]
+    memory = ClassMeans(3, 32, momentum=0.5)
     one, two = torch.full((1, 32), 1.0), torch.full((1, 32), 4.0)
-    head.remember(torch.cat([one, two, two]), torch.tensor([0, 1, 0]))
-    assert head.means[:3, 0].tolist() == [2.5, 4.0, 0.0]
-    head.remember(two, torch.tensor([1]))
-    head.remember(one, torch.tensor([1]))
-    assert head.means[:3, 0].tolist() == [2.5, 2.5, 0.0]
+    memory.remember(torch.cat([one, two, two]), torch.tensor([0, 1, 0]))
+    assert memory.means[:, 0].tolist() == [2.5, 4.0, 0.0]
+    memory.remember(two, torch.tensor([1]))
+    memory.remember(one, torch.tensor([1]))
+    assert memory.means[:, 0].tolist() == [2.5, 2.5, 0.0]
 
 
 def test_transferred_prototypes_stay(tmp_path):
@@ -123,18 +163,16 @@ def test_transferred_prototypes_stay(tmp_path):
     path = tmp_path / 'other.pth'
     torch.save(dict(optimizer=state), path)
     states, _ = train(dict(type='Prototypes', load_from=str(path)), 2)
-    expected = state['local_learning']['heads']['0.means']
-    assert all(x['means'].equal(expected) for x in states)
+    expected = state['local_learning']['heads']['0.prototypes.means']
+    assert all(x['prototypes.means'].equal(expected) for x in states)
     assert expected.any()
 
 
 def test_a_queue_forgets_what_is_oldest():
-    head = build_wrapper(
-        build_cifar_classifier(), aux_head=dict(type='Contrast', length=6, size=2)
-    ).learner.heads[0]
+    queue = Queue(6, 2)
     for step in range(4):
-        head.remember(torch.full((2, 2), float(step)), torch.tensor([step, step]))
-    assert head.classes.tolist() == [3, 3, 2, 2, 1, 1]
+        queue.remember(torch.full((2, 2), float(step)), torch.tensor([step, step]))
+    assert queue.classes.tolist() == [3, 3, 2, 2, 1, 1]
 
 
 def test_reconciled_gradients_agree_more():

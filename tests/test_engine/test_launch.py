@@ -1,5 +1,7 @@
 """Arguments of train.py and test.py, as they change a config."""
 
+import sys
+
 import pytest
 from conftest import LOCAL_LEARNING, build_cifar_classifier
 from mmengine.config import Config
@@ -25,6 +27,19 @@ def test_amp_of_local_learning(scope):
     built = build_optim_wrapper(build_cifar_classifier(), cfg.optim_wrapper)
     assert type(built) is AmpLocalLearningOptimWrapper
     assert len(built.scalers) == len(built.learner.modules) > 1
+
+
+def test_custom_imports_of_options_are_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv('LOCAL_RANK', '0')  # which it sets for good
+    (tmp_path / 'parts_of_a_user.py').write_text('')
+    config = tmp_path / 'config.py'
+    config.write_text("custom_imports = dict(imports=['man_mm'])")
+    launch.read_run_config(config)
+    assert 'parts_of_a_user' not in sys.modules  # control
+    options = {'custom_imports.imports': ['man_mm', 'parts_of_a_user']}
+    launch.read_run_config(config, options=options)
+    assert 'parts_of_a_user' in sys.modules
 
 
 def test_amp_of_other_wrappers():

@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / 'examples'))
 from memory_leads.detectors import at_objects  # noqa: E402
+from memory_leads.gradients import shares  # noqa: E402
 from memory_leads.memories import ClassMeans, Queue  # noqa: E402
 
 # Options, and the memory that a step changes, if there is one.
@@ -200,3 +201,26 @@ def test_reconciled_gradients_agree_more():
 
     assert distance(0.0) > 0.95
     assert distance(10.0) < 0.92
+
+
+def test_energy_that_a_memory_could_hold():
+    labels = torch.tensor([0, 0, 1, 1])
+    by_class = torch.randn(2, 3, 1, 1)
+    by_class -= by_class.mean(0)
+    by_location = by_class + torch.randn(2, 3, 4, 4)
+
+    def held(gradients):
+        sums = torch.stack([gradients[labels == c].sum(0) for c in range(2)])
+        counts = labels.bincount().float()
+        return shares(sums, gradients.square().sum().item(), counts)
+
+    alike = held(by_class[labels].expand(4, 3, 4, 4))
+    assert alike == pytest.approx(
+        dict(channel=0, class_channel=1, class_location=1), abs=1e-6
+    )
+    placed = held(by_location[labels])
+    assert placed['class_location'] == pytest.approx(1)
+    assert placed['class_channel'] < 0.99
+    # Of single images' gradients, means hold as much as chance has it.
+    single = held(torch.randn(4, 3, 64, 64))
+    assert single['class_location'] == pytest.approx(2 / 4, rel=0.05)

@@ -71,7 +71,10 @@ def _differences(folder: Path) -> list[str]:
 def _dial(trainings: Path, steps: Path) -> list[str]:
     """Costs and accuracy of each setting of the dial."""
     results = comparison.read_folder(trainings)
-    return _cell_table(*dial_rows(results, step_records.read_records(steps)))
+    records = step_records.read_records(steps)
+    if not step_records.has_times(records):
+        raise TableError(f'{steps} has no times: set --repeats of benchmark.')
+    return _cell_table(*dial_rows(results, records))
 
 
 def _pipeline(folder: Path) -> list[str]:

@@ -1,6 +1,8 @@
 """Tables in documents that are no entries of the leaderboard."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +86,17 @@ def test_dial_shows_costs_of_mixtures_beside_accuracy():
     assert dial[:4] == ['dial', '0.500', '1.250', '1.250']  # 1.1 / 4 + 1.3 * 3 / 4
     assert dial[5:7] == ['2', '+0.0100']
     assert local[:4] == ['MAN', '0.400', '1.100', '1.100']
+
+
+def test_the_dial_asks_for_times(tmp_path):
+    shutil.copytree('benchmarks/results/dial', tmp_path / 'dial')
+    for path in (tmp_path / 'dial').rglob('*.json'):
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(seconds=[])))
+    trained = Path('benchmarks/results/training/srresnet_x2_dial')
+    steps = 'dial/srresnet_x2_man_photos_24x24_b4'
+    assert KINDS['dial'](trained, 'benchmarks/results' / Path(steps))  # control
+    with pytest.raises(TableError, match=f'{steps} has no times'):
+        KINDS['dial'](trained, tmp_path / steps)
 
 
 def test_the_number_of_folders_is_checked(tmp_path):

@@ -113,7 +113,8 @@ def main() -> None:
         print('\n'.join(markdown_rows(results)))
     else:
         console.print(make_table(results))
-        console.print(make_difference_table(results, args.margin))
+        if len({result['name'] for result in results}) > 1:
+            console.print(make_difference_table(results, args.margin))
     if args.picture:
         draw_comparison(results, args.picture)
         console.print(args.picture, highlight=False, markup=False)

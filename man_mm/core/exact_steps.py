@@ -259,9 +259,8 @@ class ExactSteps:
             if is_whole:
                 grads.clear()  # the backward pass frees each once it is used
             waits = front is not None and front.owner is module
-            if self.learner.compressed is not None:
-                self.learner.compressed.drop_needless_codes()
-            backward(loss, module, is_whole and not waits)
+            complete = is_whole and not waits
+            self.learner.back_propagate(loss, module, backward, complete)
             del loss  # before the next slice needs the memory
             if early is not None:
                 self.under_way = early.module

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bank import MemoryBank
-from .between import Branch
 from .checkpointing import check_cut, checkpoints_itself, recomputed, require_grad
 from .compressed_activations import CompressedActivations
+from .cut_hooks import CutHooks
 from .entry import Entry
 from .local_losses import (
     ENTRY,
@@ -33,9 +33,8 @@ from .micro_batches import (
     write_slices,
 )
 from .observer import Observer
-from .partition import LocalModule, Unit, branches, outlets
+from .partition import LocalModule, outlets
 from .patches import Wrap, patched
-from .returned import tensor_of, with_tensor
 
 
 class LocalLearner:
@@ -146,8 +145,7 @@ class LocalLearner:
         self.losses: dict[str, Tensor] = {}
         self.bank_bytes = 0
         self.observer: Observer | None = None
-        self._own: Maps = {}
-        self._branches: dict[str, Branch] = {}
+        self._cuts = CutHooks(model)
         self._shared: dict[int, dict] = {}
         self._is_followed = False
 
@@ -228,10 +226,7 @@ class LocalLearner:
     def forget(self) -> None:
         """Ends a step: nothing of its batch is kept."""
         self.targets = None
-        self._own.clear()
-        for branch in self._branches.values():
-            branch.forget()
-        self._branches.clear()
+        self._cuts.clear()
         self._shared.clear()
         if self.bank is not None:
             self.bank.clear()
@@ -250,7 +245,7 @@ class LocalLearner:
             self._arm_micro_batches(module, parts, backward, needs_grad, stack)
             return
         if not module.is_last:
-            self._arm_hooks(module, backward, stack)
+            self._cuts.arm(module, partial(self._end, module, backward), stack)
         if needs_grad:
             start = next(iter(parts.values()))
             hook = start.register_forward_pre_hook(
@@ -258,53 +253,13 @@ class LocalLearner:
             )
             stack.callback(hook.remove)
 
+    def _end(self, module: LocalModule, backward: Backward, own: Maps) -> None:
+        self._pass_on(module, own, self._train(module, own, backward))
+
     def _enter(self, _submodule: nn.Module, args: tuple) -> tuple:
         x, *others = args
         self.remember_entry(x)
         return self.entry.detach(x), *others
-
-    def _arm_hooks(
-        self, module: LocalModule, backward: Backward, stack: ExitStack
-    ) -> None:
-        for unit, following in branches(module):
-            self._branches[unit.name] = Branch(following.gaps)
-            branch, rejoin = self._branch(unit), self._rejoin(unit)
-            end = self.model.get_submodule(unit.name)
-            start = self.model.get_submodule(following.parts[0])
-            stack.callback(end.register_forward_hook(branch).remove)
-            hook = start.register_forward_pre_hook(rejoin, prepend=True)
-            stack.callback(hook.remove)
-
-        def cut(_submodule: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            self._keep_map(module.units[-1], args, output)
-            return self._cut(module, backward, output)
-
-        end = self.model.get_submodule(module.cut)
-        stack.callback(end.register_forward_hook(cut).remove)
-
-    def _branch(self, unit: Unit):
-        def hook(_submodule: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            self._keep_map(unit, args, output)
-            x = self._branches[unit.name].leave(tensor_of(output))
-            return with_tensor(output, x)
-
-        return hook
-
-    def _rejoin(self, unit: Unit):
-        def hook(_submodule: nn.Module, args: tuple) -> tuple:
-            return self._branches[unit.name].rejoin(args[0]), *args[1:]
-
-        return hook
-
-    def _keep_map(self, unit: Unit, args: tuple, output: Tensor) -> None:
-        is_tensor = isinstance(tensor_of(output), Tensor)
-        self._own[unit.name] = unit.map_of(output, args) if is_tensor else output
-
-    def _cut(self, module: LocalModule, backward: Backward, output: Tensor) -> Tensor:
-        loss = self._train(module, self._own, backward)
-        self._pass_on(module, self._own, loss)
-        self._own.clear()
-        return with_tensor(output, tensor_of(output).detach())
 
     def _arm_micro_batches(
         self,
@@ -349,10 +304,18 @@ class LocalLearner:
         """Back-propagates the local loss of some of ``count`` images, None for all."""
         self._check(module, own[module.cut])
         loss = self.local_loss(module, own, dict(self.bank or {}), images, count)
+        self.back_propagate(
+            loss, module, backward, images is None or images.stop == count
+        )
+        return loss.detach()
+
+    def back_propagate(
+        self, loss: Tensor, module: LocalModule, backward: Backward, complete: bool
+    ) -> None:
+        """Calls ``backward``, when what compression need not keep is freed."""
         if self.compressed is not None:
             self.compressed.drop_needless_codes()
-        backward(loss, module, images is None or images.stop == count)
-        return loss.detach()
+        backward(loss, module, complete)
 
     def local_loss(
         self,

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from man_mm.core import LocalLearner, Unit, split
+from man_mm.core.cut_hooks import CutHooks
 
 IMAGES = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -142,12 +143,20 @@ def update_at_once(optimizer):
     return backward
 
 
-class LeakyLearner(LocalLearner):
+class LeakyCuts(CutHooks):
     """Negative control: hands on the output with its graph."""
 
-    def _cut(self, module, backward, output):
-        super()._cut(module, backward, output)
+    def cut(self, end, output):
+        super().cut(end, output)
         return output
+
+
+class LeakyLearner(LocalLearner):
+    """Negative control: its cuts leak."""
+
+    def __init__(self, model, *args, **kwargs):
+        super().__init__(model, *args, **kwargs)
+        self._cuts = LeakyCuts(model)
 
 
 def learned_map():

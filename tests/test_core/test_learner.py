@@ -26,6 +26,7 @@ from networks import (
 from torch import nn
 
 from man_mm.core import LocalLearner, MemoryBank
+from man_mm.core.cut_hooks import CutHooks
 from man_mm.core.local_losses import total_loss
 from man_mm.core.partition import outlets
 
@@ -287,33 +288,34 @@ class Skip(nn.Module):
         return self.classifier((last + first).mean((2, 3)))
 
 
-class UnbranchedLearner(LocalLearner):
+class UnbranchedCuts(CutHooks):
     """Negative control: later modules read the end of an inner stage with its graph."""
 
-    def _branch(self, name):
-        branch = super()._branch(name)
+    def _leave(self, unit):
+        leave = super()._leave(unit)
 
         def hook(*args):
-            branch(*args)  # but do not pass on what it returns
+            leave(*args)  # but do not pass on what it returns
 
         return hook
 
 
-class TornLearner(LocalLearner):
+class TornCuts(CutHooks):
     """Negative control: a module falls apart at the ends of its stages."""
 
-    def _rejoin(self, name):
+    def _rejoin(self, unit):
         return lambda *_: None
 
 
-def build_skip(kind=LocalLearner):
-    learner = build(3, ['stage2'], model=Skip(), kind=kind)
+def build_skip(cuts=CutHooks):
+    learner = build(3, ['stage2'], model=Skip())
+    learner._cuts = cuts(learner.model)
     learner.heads = nn.ModuleList([PooledHead(2)])  # of both stages
     return learner
 
 
-def skip_grads(kind=LocalLearner):
-    learner = build_skip(kind)
+def skip_grads(cuts=CutHooks):
+    learner = build_skip(cuts)
     with learner.step(LABELS):
         loss = model_loss(learner.model)
     loss.backward()
@@ -335,10 +337,10 @@ def test_later_modules_read_the_end_of_an_inner_stage_detached():
     grads = skip_grads()
     assert not any(grad is None for grad in grads)
     assert equal(grads, skip_grads_by_hand())
-    assert equal(skip_grads(TornLearner), skip_grads_by_hand(torn=True))
-    assert not equal(grads, skip_grads(TornLearner))
+    assert equal(skip_grads(TornCuts), skip_grads_by_hand(torn=True))
+    assert not equal(grads, skip_grads(TornCuts))
     with pytest.raises(RuntimeError, match='backward through the graph a second time'):
-        skip_grads(UnbranchedLearner)
+        skip_grads(UnbranchedCuts)
 
 
 def test_total_loss_sums_what_is_named_a_loss():

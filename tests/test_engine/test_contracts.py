@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import batch_of, build_detector, build_wrapper, detector_config
 from mmengine.optim import build_optim_wrapper
+from networks import LeakyCuts
 from torch.utils.flop_counter import FlopCounterMode
 
-from man_mm.core import LocalLearner
 from man_mm.core.storages import tensor_bytes
 from man_mm.measure.memory import measure_memory
 
@@ -63,13 +63,7 @@ class TestIsolation:
             model.zero_grad()
 
     def test_control_a_cut_that_does_not_detach(self, kind, depth, monkeypatch):
-        cut = LocalLearner._cut
-
-        def leaky(self, module, backward, output):
-            cut(self, module, lambda loss, m, done: backward(loss * 1, m, done), output)
-            return output
-
-        monkeypatch.setattr(LocalLearner, '_cut', leaky)
+        monkeypatch.setattr('man_mm.core.learner.CutHooks', LeakyCuts)
         model = build_detector(detector_config(kind, depth))
         got = gradients(model, build_wrapper(model), trained={3})
         assert got[0] and got[1] and got[2]

@@ -91,6 +91,10 @@ def check_command(words, parse):
 
 
 def check_python(words, parse):
+    if words[0] == '-m':
+        (module,) = words[1:]  # of the examples, which take no arguments
+        assert Path('examples', *module.split('.')).with_suffix('.py').is_file(), module
+        return
     start = next(i for i, word in enumerate(words) if word.endswith('.py'))
     script, *args = words[start:]
     assert Path(script).is_file(), script
@@ -196,6 +200,7 @@ def test_commands_exist(parse):
     'command',
     [
         'python tools/no_such_tool.py',
+        'PYTHONPATH=examples python -m memory_leads.no_such_module',
         'mim run man_mm plan_partition X.py --num-modules 4 --no-such-flag',
         'mim run man_mm plan_partition X.py --num-modules many',
         'mim run man_mm plan_partition configs/man/no_such.py --num-modules 4',

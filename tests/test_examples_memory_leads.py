@@ -163,10 +163,13 @@ def test_transferred_prototypes_stay(tmp_path):
     _, state = train(dict(type='Prototypes'), 2)
     path = tmp_path / 'other.pth'
     torch.save(dict(optimizer=state), path)
-    states, _ = train(dict(type='Prototypes', load_from=str(path)), 2)
+    options = dict(type='Prototypes', load_from=str(path))
+    states, _ = train(options, 2)
     expected = state['local_learning']['heads']['0.prototypes.means']
     assert all(x['prototypes.means'].equal(expected) for x in states)
     assert expected.any()
+    shifted, _ = train(dict(options, shifted=True), 1)
+    assert shifted[0]['prototypes.means'][0].equal(expected[1])
 
 
 def test_a_queue_forgets_what_is_oldest():

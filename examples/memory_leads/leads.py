@@ -62,10 +62,11 @@ class PrototypeTerm:
         temperature: Of the softmax over cosines.
         load_from: Checkpoint of another training by `Prototypes`, whose prototypes are
             read and never updated (6: transfer).
+        shifted: A control of transfer: each class reads the prototype of the next.
         **options: Options of `Lead`.
     """
 
-    def __init__(self, site, temperature=0.3, load_from=None, **options):
+    def __init__(self, site, temperature=0.3, load_from=None, shifted=False, **options):
         super().__init__(site, **options)
         self.temperature = temperature
         self.prototypes = ClassMeans(self.num_classes, self.deep, self.momentum)
@@ -73,7 +74,7 @@ class PrototypeTerm:
         if self.is_frozen:
             state = torch.load(load_from, map_location='cpu', weights_only=False)
             heads = state['optimizer']['local_learning']['heads']
-            self.prototypes.means = heads['0.prototypes.means']
+            self.prototypes.means = heads['0.prototypes.means'].roll(-shifted, 0)
         self.project = nn.Linear(self.width, self.prototypes.means.shape[1])
 
     def watch(self, model):

@@ -27,6 +27,7 @@ from memory_leads.memories import ClassMeans, Queue  # noqa: E402
 # Options, and the memory that a step changes, if there is one.
 HEADS = {
     'prototypes': (dict(type='Prototypes'), 'prototypes.means'),
+    'trained-prototypes': (dict(type='Prototypes', trained=True), 'prototypes.means'),
     'soft-labels': (dict(type='SoftLabels'), 'answers.means'),
     'uniform': (dict(type='SoftLabels', uniform=True), None),
     'by-channel': (dict(type='NextGradient'), 'gradients.means'),

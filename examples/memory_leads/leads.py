@@ -63,22 +63,34 @@ class PrototypeTerm:
         load_from: Checkpoint of another training by `Prototypes`, whose prototypes are
             read and never updated (6: transfer).
         shifted: A control of transfer: each class reads the prototype of the next.
+        trained: A control: prototypes are weights that learn, as in any classifier.
         **options: Options of `Lead`.
     """
 
-    def __init__(self, site, temperature=0.3, load_from=None, shifted=False, **options):
+    def __init__(
+        self,
+        site,
+        temperature=0.3,
+        load_from=None,
+        shifted=False,
+        trained=False,
+        **options,
+    ):
         super().__init__(site, **options)
         self.temperature = temperature
         self.prototypes = ClassMeans(self.num_classes, self.deep, self.momentum)
-        self.is_frozen = load_from is not None
-        if self.is_frozen:
+        self.is_kept = load_from is None and not trained
+        if trained:
+            first = torch.randn(self.num_classes, self.deep)
+            self.prototypes.means = nn.Parameter(first)
+        elif load_from is not None:
             state = torch.load(load_from, map_location='cpu', weights_only=False)
             heads = state['optimizer']['local_learning']['heads']
             self.prototypes.means = heads['0.prototypes.means'].roll(-shifted, 0)
         self.project = nn.Linear(self.width, self.prototypes.means.shape[1])
 
     def watch(self, model):
-        if not self.is_frozen:
+        if self.is_kept:
             self.watch_deep(model, self.prototypes.remember)
 
     def term(self, features, labels, maps, loss):

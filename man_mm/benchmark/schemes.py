@@ -21,6 +21,7 @@ JOINT_WEIGHT = 0.05
 _COUNT, _NAMES = 'N', 'NAME,NAME'
 _BITS = '8|4'
 _UPDATES = 'parameter|iteration|module'
+_LAST = 'once|twice'
 _WHOLE = '; end-to-end recomputes its modules'
 
 
@@ -61,6 +62,7 @@ OPTIONS = {
     'recompute': Option(ALL, _NAMES, 'recompute these submodules'),
     'unfolded': Option(IN_MODULES, '', 'do not fold frozen batch norms'),
     'losses-kept': Option(IN_MODULES, '', 'do not recompute losses'),
+    'last': Option(ALL, _LAST, 'how often the last module runs, if others run twice'),
     'bits': Option(ALL, _BITS, 'save activations in 8 or 4 bits a value'),
     'update': Option(IN_MODULES, _UPDATES, 'when weights are updated'),
 }
@@ -285,6 +287,8 @@ def _set_local(cfg: Config, options: dict, shape: tuple[int, ...]) -> None:
     if 'no-bank' in options:
         head.use_bank = False
         cfg.default_hooks.pop('memory_bank', None)
+    if 'last' in options:
+        local.recompute_last_module = options['last'] == 'twice'
     for option, key in (
         ('micro', 'micro_batch_size'),
         ('recompute', 'recompute'),

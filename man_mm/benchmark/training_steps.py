@@ -29,7 +29,7 @@ from man_mm.engine.memory_patches import (
     module_patches,
     submodules_of,
 )
-from man_mm.engine.options import complete_options
+from man_mm.engine.options import complete_options, recomputes_last
 from man_mm.engine.quiet import quiet
 from man_mm.engine.sliced_overlaps import slice_overlaps
 
@@ -234,13 +234,16 @@ def _save_memory(
         slice_overlaps(model)
     if partition := partition_config(scheme.options, shape):
         options = {**complete_options(given), 'partition': partition}
+        if 'last' in scheme.options:
+            options['recompute_last_module'] = scheme.options['last'] == 'twice'
+        count = None if recomputes_last(options, model) else -1
         options = {key: options[key] for key in LEARNER_OPTIONS}
         with quiet():
             learner = build_learner(
                 model, with_heads=False, keeps_boundaries=True, **options
             )
         cuts = cut_names(learner)
-        patches += module_patches(model, learner.modules)
+        patches += module_patches(model, learner.modules[:count])
     for name in scheme.options.get('recompute', ()):
         patches += [(part, recomputed(part)) for part in submodules_of(model, name)]
     if 'bits' in scheme.options:

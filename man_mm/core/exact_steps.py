@@ -40,12 +40,19 @@ class ExactSteps:
     local losses. This is deep supervision (arXiv 1409.5185) without its memory.
     Balanced steps need no weight: see `man_mm.core.balance.balanced`.
 
+    What the last module saves is needed at once, when the network's own loss has been
+    back-propagated. It need not be computed again where nothing large comes in between,
+    as in a classifier; behind a detector's last module are neck and heads.
+
     Args:
         learner: The learner whose modules, heads, bank, patches and micro-batches
             are used.
         weight: Weight of the local losses. ``'balanced'`` finds one for each step and
             module: local gradients are, at each of the K - 1 cuts, 1 / (K - 1) as
             large as what arrives there from behind. Defaults to 0: an exact step.
+        recompute_last: Whether the last module runs twice, too. If not, the backward
+            pass of the network's own loss goes through it, and `replay` begins with
+            the module before. Defaults to True.
 
     Attributes:
         under_way: The module that runs, or ran last.
@@ -65,19 +72,32 @@ class ExactSteps:
         True
     """
 
-    def __init__(self, learner: LocalLearner, weight: float | str = 0.0) -> None:
+    def __init__(
+        self,
+        learner: LocalLearner,
+        weight: float | str = 0.0,
+        recompute_last: bool = True,
+    ) -> None:
         self.learner = learner
         self.weight = weight
+        self.recompute_last = recompute_last
         self._factor = 1.0 if weight == BALANCED else weight
         self.under_way = learner.modules[0]
         self._runs: list[SecondRun] = []
         self._order: Iterator[tuple[SecondRun, str]] = iter(())
         self._next: tuple[SecondRun, str] | None = None
+        self._last_input: Tensor | None = None
         self._grads: dict[str, Tensor] = {}
         self._local: dict[str, list[Tensor]] = {}
         self._frozen: Maps = {}
         self._front: Front | None = None
         self._gap: Between | None = None
+
+    @property
+    def completes_last(self) -> bool:
+        """Whether the network's own loss gives the last module all its gradients."""
+        front, last = self._front, self.learner.modules[-1]
+        return not self.recompute_last and (front is None or front.owner is not last)
 
     @contextmanager
     def step(self, targets: Any = None) -> Iterator[None]:
@@ -93,9 +113,10 @@ class ExactSteps:
         self.forget()
         learner.start(targets)
         size = learner.micro_batch_size
-        self._runs = [SecondRun(learner.model, m, size) for m in learner.modules]
+        again = learner.modules if self.recompute_last else learner.modules[:-1]
+        self._runs = [SecondRun(learner.model, module, size) for module in again]
         self._order = ((run, part) for run in self._runs for part in run.parts)
-        self._next = next(self._order)
+        self._next = next(self._order, None)
         try:
             with learner.lean(), ExitStack() as stack:
                 if self.weight:
@@ -129,6 +150,9 @@ class ExactSteps:
         backward = backward or default_backward
         try:
             with self.learner.lean():
+                if self._last_input is not None and self._is_early(self._runs[-1]):
+                    self._replay_head(self._runs[-1], backward)
+                self._last_input = None
                 while self._runs:
                     self._replay(self._runs[-1], backward)
                     self._runs.pop()
@@ -145,6 +169,7 @@ class ExactSteps:
         self._runs = []
         self._next = None
         self._front = None
+        self._last_input = None
         self._grads = {}
         self._local = {}
         self._frozen = {}
@@ -209,6 +234,8 @@ class ExactSteps:
 
     def _leave(self, run: SecondRun, part: str, output: Any) -> Any:
         self._next = next(self._order, None)
+        if self._next is None:
+            self.under_way = self.learner.modules[-1]
         if part in run.ends:
             x = tensor_of(output)
             check_cut(part, x)
@@ -216,6 +243,8 @@ class ExactSteps:
                 self.learner.observer.passed_on(run.module, {part: x})
             if self.weight and not run.module.is_last:
                 self.learner.remember(run.module, {part: run.as_map(part, x)})
+                if self._next is None:  # only the last module is left, and runs once
+                    self._last_input = x.detach()
             output = with_tensor(output, caught(x, part, self._grads))
         self._expect_gap(output)
         return output
@@ -236,7 +265,9 @@ class ExactSteps:
         entry = modules[module.index - 1].cut if module.index else ENTRY
         names = [name for name in (*run.ends, entry) if name in self._grads]
         grads = [self._grads.pop(name) for name in names]
-        early, entered = self._early(), []
+        entered: list[Tensor | None] = []
+        before = self._runs[-2] if len(self._runs) > 1 else None
+        is_early = before is not None and self._is_early(before)
         for index, images in enumerate(run.slices):
             x = run.x[images].detach()
             x.requires_grad_(module.index > 0 or front is not None)
@@ -262,12 +293,8 @@ class ExactSteps:
             complete = is_whole and not waits
             self.learner.back_propagate(loss, module, backward, complete)
             del loss  # before the next slice needs the memory
-            if early is not None:
-                self.under_way = early.module
-                own = {early.module.cut: x}
-                local = self._local_loss(early, own, images, x.grad)
-                backward(self._factor * local, early.module, False)
-                del local
+            if is_early:
+                self._run_head(before, x, images, backward)
                 self.under_way = module
             entered.append(x.grad)
         if losses := self._local.get(module.name):
@@ -276,16 +303,28 @@ class ExactSteps:
             whole = entered[0] if len(entered) == 1 else torch.cat(entered)
             self._grads[entry] = whole
 
-    def _early(self) -> SecondRun | None:
-        """The module before the one that runs again, if its head may run by now.
+    def _is_early(self, run: SecondRun) -> bool:
+        """Whether a module's head runs when what is behind has been back-propagated.
 
         A head that reads nothing of its module but the boundary need not wait until
         the module has run again, and is saving activations.
         """
-        if not self.weight or len(self._runs) < 2:
-            return None
-        before = self._runs[-2]
-        return before if before.ends == [before.module.cut] else None
+        return bool(self.weight) and run.ends == [run.module.cut]
+
+    def _run_head(
+        self, run: SecondRun, x: Tensor, images: slice, backward: Backward
+    ) -> None:
+        """Adds to the gradient of a boundary, a leaf, what a module's head sends."""
+        self.under_way = run.module
+        local = self._local_loss(run, {run.module.cut: x}, images, x.grad)
+        backward(self._factor * local, run.module, False)
+
+    def _replay_head(self, run: SecondRun, backward: Backward) -> None:
+        """Runs a module's head on what the last module read when it ran."""
+        x = self._last_input.requires_grad_()
+        x.grad = self._grads.pop(run.module.cut)
+        self._run_head(run, x, slice(0, len(x)), backward)
+        self._grads[run.module.cut] = x.grad
 
     def _local_loss(
         self, run: SecondRun, outputs: Maps, images: slice, grad: Tensor

@@ -33,7 +33,7 @@ from .fully_sharded_model import FullyShardedModel
 from .loss_patches import loss_patches
 from .memory_patches import compression_patches, fold_patches, recompute_patches
 from .optim_wrapper import LocalLearningOptimWrapper
-from .options import check_paramwise, complete_options, has_heads
+from .options import check_paramwise, complete_options, has_heads, recomputes_last
 from .sliced_overlaps import slice_overlaps
 
 LEARNER_OPTIONS = (
@@ -67,6 +67,10 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - ``local_loss_weight=0.0``: weight of the local losses in these steps. With 0 they
       are *exact*, else *joint*; ``'balanced'`` needs no weight. See
       `man_mm.core.ExactSteps`.
+    - ``recompute_last_module=None``: whether the last module runs twice in these
+      steps, as the others do; None for yes, except in classifiers, where that would
+      save nothing. Without, they are faster, and what the last module saves adds to
+      what neck and heads need.
     - ``micro_batch_size=None``: images that run through a module at a time; see
       `man_mm.core.LocalLearner`.
     - ``recompute=()``: names of submodules, such as ``'backbone.layer4'``, or of lists
@@ -177,6 +181,7 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 clip=self.options['clip'],
                 end_to_end_from=share,
                 local_loss_weight=weight,
+                recompute_last_module=recomputes_last(self.options, model),
                 measure=_measure(model, options),
                 sharded=sharded,
             ),

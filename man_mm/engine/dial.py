@@ -27,6 +27,7 @@ class Dial:
         optimizer: The optimizer of network and heads.
         share: Share of the training after which it turns, from 0 to 1; None never.
         weight: Of the local losses afterwards; see `ExactSteps`.
+        recompute_last: Whether the last module then runs twice, too; see there.
 
     Attributes:
         is_end_to_end: Whether it has turned.
@@ -39,11 +40,12 @@ class Dial:
         optimizer: Optimizer,
         share: float | None = None,
         weight: float | str = 0.0,
+        recompute_last: bool = True,
     ) -> None:
         self.learner = learner
         self.optimizer = optimizer
         self.share = share
-        self.steps = ExactSteps(learner, weight)
+        self.steps = ExactSteps(learner, weight, recompute_last)
         self.is_end_to_end = False
 
     def turn_if_due(self, done: int, total: int) -> None:

@@ -57,6 +57,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
             to end. Defaults to None, never.
         local_loss_weight: Weight of the local losses from then on, or ``'balanced'``;
             see `man_mm.core.ExactSteps`. Defaults to 0.
+        recompute_last_module: Whether the last module runs twice, too, from then on;
+            see there. Defaults to True.
         measure: Measures what units cost for images of a shape, to tell where memory
             ran out; see `man_mm.measure.model_costs.measure_units`. Defaults to None.
         sharded: The wrapper of the model, if it splits it. Defaults to None.
@@ -90,6 +92,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         clip: str = 'module',
         end_to_end_from: float | None = None,
         local_loss_weight: float | str = 0.0,
+        recompute_last_module: bool = True,
         measure: Measure | None = None,
         sharded: FullyShardedModel | None = None,
         **kwargs: Any,
@@ -99,7 +102,13 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self.learner = learner
         self.update = choose_update(optimizer, update)
         self.clip = clip
-        self.dial = Dial(learner, optimizer, end_to_end_from, local_loss_weight)
+        self.dial = Dial(
+            learner,
+            optimizer,
+            end_to_end_from,
+            local_loss_weight,
+            recompute_last_module,
+        )
         self._syncs = True
         self._sharded = sharded
         self._measure = measure
@@ -201,11 +210,12 @@ class LocalLearningOptimWrapper(OptimWrapper):
         with self._explained():
             with self._updating(loss, last, self._syncs):
                 self.backward(self._scaled(self.scale_loss(loss), last))
+            if not self.dial.is_end_to_end:
+                self.learner.entry.check()
+            if not self.dial.is_end_to_end or self.dial.steps.completes_last:
+                self._finish(last, self._syncs)
             if self.dial.is_end_to_end:
                 self._replay()
-            else:
-                self.learner.entry.check()
-                self._finish(last, self._syncs)
         self._end(self._syncs, **(step_kwargs or {}))
 
     def _replay(self) -> None:

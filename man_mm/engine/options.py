@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
+from man_mm.aux_heads.classifier import is_classifier
 from man_mm.core.balance import BALANCED
 
 DEFAULTS = dict(
@@ -16,6 +19,7 @@ DEFAULTS = dict(
     clip='module',
     end_to_end_from=None,
     local_loss_weight=0.0,
+    recompute_last_module=None,
     micro_batch_size=None,
     recompute=(),
     efficient_conv_bn_eval=True,
@@ -66,6 +70,12 @@ def complete_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
             'optim_wrapper.local_learning.end_to_end_from=0 for joint steps from the '
             'start, or remove local_loss_weight.'
         )
+    if options['micro_batch_size'] and options['recompute_last_module'] is False:
+        raise ValueError(
+            'optim_wrapper.local_learning.recompute_last_module=False keeps what the '
+            'last module saves for the whole batch, and micro_batch_size avoids that: '
+            'remove one of them.'
+        )
     for key in ('partition', 'aux_head'):
         options[key] = {**DEFAULTS[key], **options[key]}
     return options
@@ -78,6 +88,22 @@ def has_heads(options: Mapping[str, Any]) -> bool:
         options: From `complete_options`.
     """
     return options['end_to_end_from'] != 0 or bool(options['local_loss_weight'])
+
+
+def recomputes_last(options: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether exact and joint steps run the last module twice, too.
+
+    Unless that is configured, where what it saves would meet something large behind
+    it, such as the neck and the heads of a detector.
+
+    Args:
+        options: From `complete_options`.
+        model: The model.
+    """
+    if options['micro_batch_size']:
+        return True  # the loss behind it needs all images at once
+    given = options['recompute_last_module']
+    return not is_classifier(model) if given is None else given
 
 
 def check_paramwise(paramwise: Mapping[str, Any] | None, given: Mapping) -> None:
@@ -137,6 +163,10 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     'local_loss_weight': (
         f'a number of at least 0, or {BALANCED!r}',
         lambda value: value == BALANCED or _is_factor(value),
+    ),
+    'recompute_last_module': (
+        'True, False or None',
+        lambda value: value is None or _is_switch(value),
     ),
     'aux_lr_mult': ('a number of at least 0', _is_factor),
     'aux_decay_mult': ('a number of at least 0', _is_factor),

@@ -42,8 +42,8 @@ def plain(model, loss_of=model_loss):
     return grads_of(model.parameters()), loss, model.state_dict(), torch.rand(1)
 
 
-def exact(learner, loss_of=model_loss, weight=0.0, backward=None):
-    steps = ExactSteps(learner, weight)
+def exact(learner, loss_of=model_loss, weight=0.0, backward=None, recompute_last=True):
+    steps = ExactSteps(learner, weight, recompute_last)
     torch.manual_seed(3)
     with steps.step(LABELS):
         loss = loss_of(learner.model)
@@ -53,9 +53,9 @@ def exact(learner, loss_of=model_loss, weight=0.0, backward=None):
     return grads_of(model.parameters()), loss, model.state_dict(), torch.rand(1)
 
 
-def check_exact(learner, loss_of=model_loss):
+def check_exact(learner, loss_of=model_loss, recompute_last=True):
     expected = plain(copy.deepcopy(learner.model), loss_of)
-    assert equal(exact(learner, loss_of), expected)
+    assert equal(exact(learner, loss_of, recompute_last=recompute_last), expected)
 
 
 def check_close(grads, others, rtol=1e-9):
@@ -87,26 +87,42 @@ def build_neck(cuts=('stages.1',)):
     return LocalLearner(model, split(model, units, cuts), heads)
 
 
+@pytest.fixture(params=[True, False], ids=['twice', 'once'])
+def recompute_last(request):
+    """How often the last module runs."""
+    return request.param
+
+
 @pytest.mark.parametrize('depth', [1, 2, 4])
-def test_an_exact_step_is_plain_back_propagation(depth):
+def test_an_exact_step_is_plain_back_propagation(depth, recompute_last):
     learner = build(depth)
-    check_exact(learner)
+    check_exact(learner, recompute_last=recompute_last)
     assert count_hooks(learner.model) == 0
     assert all(p.grad is None for p in learner.heads.parameters())
 
 
 @pytest.mark.parametrize('cuts', [['stages.0'], ['stages.1'], ['stages.2']])
-def test_gradients_of_several_readers_are_summed(cuts):
-    check_exact(build_neck(cuts))
+def test_gradients_of_several_readers_are_summed(cuts, recompute_last):
+    check_exact(build_neck(cuts), recompute_last=recompute_last)
 
 
-def test_a_boundary_gradient_that_is_scaled_is_found(monkeypatch):
+@pytest.mark.parametrize('again', [True, False])
+def test_how_often_the_last_module_runs(again):
+    learner = build(3)
+    runs = []
+    learner.model.stage3.register_forward_hook(lambda *_: runs.append(3))
+    learner.model.stage2.register_forward_hook(lambda *_: runs.append(2))
+    exact(learner, recompute_last=again)
+    assert runs == [2, 3, *[3] * again, 2]
+
+
+def test_a_boundary_gradient_that_is_scaled_is_found(monkeypatch, recompute_last):
     def scaled(tensors, grads):
         return injected(tensors, [1.01 * grad for grad in grads])
 
     monkeypatch.setattr(module_under_test, 'injected', scaled)
     with pytest.raises(AssertionError):
-        check_exact(build(3))
+        check_exact(build(3), recompute_last=recompute_last)
 
 
 def test_statistics_that_are_updated_twice_are_found(monkeypatch):
@@ -122,8 +138,8 @@ def build_dropout():
     return build(3, model=model)
 
 
-def test_both_runs_drop_the_same():
-    check_exact(build_dropout())
+def test_both_runs_drop_the_same(recompute_last):
+    check_exact(build_dropout(), recompute_last=recompute_last)
 
 
 def test_runs_that_drop_other_maps_are_found(monkeypatch):
@@ -146,13 +162,13 @@ def test_frozen_parts_in_front_run_once():
 
 
 @pytest.mark.parametrize('depth', [2, 3])
-def test_a_global_skip(depth):
+def test_a_global_skip(depth, recompute_last):
     learner = build_global_skip(depth)
 
     def loss_of(model):
         return F.cross_entropy(model(IMAGES.double()), LABELS)
 
-    check_exact(learner, loss_of)
+    check_exact(learner, loss_of, recompute_last)
 
 
 def test_each_module_is_complete_once_and_in_reverse_order():
@@ -169,6 +185,19 @@ def test_each_module_is_complete_once_and_in_reverse_order():
     exact(build_global_skip(2), loss_of, backward=backward)
     # The layer in front of the body is the last module's.
     assert calls == [('module2', False), ('module1', True), ('module2', True)]
+    calls.clear()
+    exact(build_global_skip(2), loss_of, backward=backward, recompute_last=False)
+    assert calls == [('module1', True), ('module2', True)]
+
+
+def test_who_completes_the_last_module():
+    for learner, expected in ((build(3), True), (build_global_skip(2), False)):
+        for again in (True, False):
+            steps = ExactSteps(learner, recompute_last=again)
+            with steps.step(LABELS):
+                learner.model(IMAGES.double() if not expected else IMAGES)
+            assert steps.completes_last == (expected and not again)
+            steps.forget()
 
 
 def test_updating_at_once_is_updating_at_the_end():
@@ -217,14 +246,17 @@ def in_float64(learner):
     return learner
 
 
-def joint_grads(learner, weight):
-    exact(learner, lambda m: F.cross_entropy(m(IMAGES.double()), LABELS), weight)
+def joint_grads(learner, weight, recompute_last=True):
+    loss_of = lambda m: F.cross_entropy(m(IMAGES.double()), LABELS)  # noqa: E731
+    exact(learner, loss_of, weight, recompute_last=recompute_last)
     return grads_of(all_params(learner))
 
 
 @pytest.mark.parametrize('bank', [None, MemoryBank])
 @pytest.mark.parametrize('weight', [0.05, 1.0])
-def test_a_joint_step_is_back_propagation_of_the_summed_loss(bank, weight):
+def test_a_joint_step_is_back_propagation_of_the_summed_loss(
+    bank, weight, recompute_last
+):
     learner = in_float64(build(4, bank=bank and bank()))
     other = copy.deepcopy(learner)
 
@@ -234,7 +266,7 @@ def test_a_joint_step_is_back_propagation_of_the_summed_loss(bank, weight):
         return {**earlier, module.cut: maps[module.cut]}
 
     plain(other.model, summed_loss(other, weight, maps_of))
-    grads = joint_grads(learner, weight)
+    grads = joint_grads(learner, weight, recompute_last)
     check_close(grads, grads_of(all_params(other)))
     assert list(learner.losses) == ['module3', 'module2', 'module1']
     if bank:
@@ -242,7 +274,8 @@ def test_a_joint_step_is_back_propagation_of_the_summed_loss(bank, weight):
     with pytest.raises(AssertionError):  # control
         learner.model.zero_grad()
         learner.heads.zero_grad()
-        check_close(joint_grads(learner, 2 * weight), grads_of(all_params(other)))
+        twice = joint_grads(learner, 2 * weight, recompute_last)
+        check_close(twice, grads_of(all_params(other)))
 
 
 def test_joint_steps_log_the_losses_of_local_steps():
@@ -314,7 +347,7 @@ class LargeHead(nn.Module):
 
 
 @pytest.mark.parametrize('inner', [False, True])
-def test_heads_that_read_a_boundary_run_before_their_module_does(inner):
+def test_heads_that_read_a_boundary_run_before_their_module_does(inner, recompute_last):
     x = torch.rand(1, 4, 64, 64)
     map_bytes = x.nbytes
 
@@ -329,7 +362,7 @@ def test_heads_that_read_a_boundary_run_before_their_module_does(inner):
         units = [Unit(f'stage{i + 1}', i if inner else i // 2) for i in range(4)]
         modules = split(model, units, ['stage2'])
         learner = LocalLearner(model, modules, [LargeHead()])
-        steps = ExactSteps(learner, weight)
+        steps = ExactSteps(learner, weight, recompute_last)
 
         def run():
             with steps.step():
@@ -346,9 +379,9 @@ def test_heads_that_read_a_boundary_run_before_their_module_does(inner):
         assert more < 0.1 * map_bytes
 
 
-def test_nothing_survives_a_step():
+def test_nothing_survives_a_step(recompute_last):
     learner = build(3, bank=MemoryBank())
-    steps = ExactSteps(learner, 0.1)
+    steps = ExactSteps(learner, 0.1, recompute_last)
     for _ in range(2):
         with steps.step(LABELS):
             loss = model_loss(learner.model)
@@ -356,6 +389,7 @@ def test_nothing_survives_a_step():
         steps.replay()
         assert learner.targets is None and not learner.bank
         assert not (steps._runs or steps._grads or steps._front or steps._local)
+        assert steps._last_input is None
 
 
 # Errors.

@@ -111,23 +111,45 @@ def close(a, b):
     return all(torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6) for key in a)
 
 
-def test_exact_steps_are_plain_training(network):
-    assert same(exact(network), plain(network))
+@pytest.fixture(params=[True, False], ids=['twice', 'once'])
+def last(request):
+    """How often the last module runs."""
+    return dict(recompute_last_module=request.param)
 
 
-def test_a_boundary_gradient_that_is_scaled_is_found(network, monkeypatch):
+def test_exact_steps_are_plain_training(network, last):
+    assert same(exact(network, **last), plain(network))
+
+
+def test_a_boundary_gradient_that_is_scaled_is_found(network, last, monkeypatch):
     def scaled(tensors, grads):
         return injected(tensors, [1.01 * grad for grad in grads])
 
     monkeypatch.setattr(exact_steps, 'injected', scaled)
-    assert not same(exact(network, steps=1), plain(network, steps=1))
+    assert not same(exact(network, steps=1, **last), plain(network, steps=1))
 
 
 @pytest.mark.parametrize('update', ['iteration', 'parameter'])
 @pytest.mark.parametrize('network', ['resnet', 'edsr'], indirect=True)
-def test_the_time_of_the_update_changes_nothing(network, update):
+def test_the_time_of_the_update_changes_nothing(network, update, last):
     # The layer in front of EDSR's body waits for the global skip.
-    assert same(exact(network, update=update), exact(network))
+    assert same(exact(network, update=update, **last), exact(network))
+
+
+@pytest.mark.parametrize(
+    'name, options, again',
+    [
+        ('resnet', {}, False),
+        ('retinanet', {}, True),
+        ('edsr', {}, True),
+        ('resnet', dict(micro_batch_size=1), True),
+        ('resnet', dict(recompute_last_module=True), True),
+        ('retinanet', dict(recompute_last_module=False), False),
+    ],
+)
+def test_whether_the_last_module_runs_twice(name, options, again):
+    _, wrapper = build_exact(name, **options)
+    assert wrapper.dial.steps.recompute_last is again
 
 
 def test_accumulation(steps=4):
@@ -229,14 +251,14 @@ def summed(name, weight):
     return weights_of(model, wrapper)
 
 
-def joint(name, weight):
-    model, wrapper = build_exact(name, local_loss_weight=weight)
+def joint(name, weight, **options):
+    model, wrapper = build_exact(name, local_loss_weight=weight, **options)
     train(name, model, wrapper)
     return weights_of(model, wrapper), wrapper
 
 
-def test_joint_steps_are_plain_training_of_the_summed_loss(network):
-    ours, wrapper = joint(network, 0.05)
+def test_joint_steps_are_plain_training_of_the_summed_loss(network, last):
+    ours, wrapper = joint(network, 0.05, **last)
     assert close(ours, summed(network, 0.05))
     assert not close(ours, summed(network, 0.0505))  # control
     assert len(wrapper.learner.losses) == len(wrapper.learner.heads)

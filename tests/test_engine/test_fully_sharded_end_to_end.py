@@ -114,11 +114,16 @@ def test_control_gradients_in_front_that_are_not_reduced(tmp_path):
     assert '.generator.conv_first.weight' in different(right[0], wrong[0])
 
 
-def follow(rank, world, weight):
+def follow(rank, world, weight, again):
     """Modules that have their weights, whenever one runs in an exact step."""
     model = build_classifier(18)
     wrapped = FullyShardedModel(model)
-    wrapper = build_wrapper(wrapped, end_to_end_from=0, local_loss_weight=weight)
+    wrapper = build_wrapper(
+        wrapped,
+        end_to_end_from=0,
+        local_loss_weight=weight,
+        recompute_last_module=again,
+    )
     starts = [model.get_submodule(m.parts[0]) for m in wrapper.learner.modules]
     seen = []
 
@@ -135,11 +140,15 @@ def follow(rank, world, weight):
     return seen
 
 
+@pytest.mark.parametrize('again', [True, False])
 @pytest.mark.parametrize('weight', [0.0, 0.1])
-def test_one_module_has_its_weights(tmp_path, weight):
+def test_one_module_has_its_weights(tmp_path, weight, again):
     only = [[i == j for i in range(4)] for j in range(4)]
-    for seen in in_processes(follow, tmp_path, 2, weight):
-        assert seen == [*only, *2 * [[False] * 4], *reversed(only)]
+    behind, replayed = [False] * 4, only
+    if not again:  # the last module waits for the gradient of what is behind
+        behind, replayed = only[-1], only[:-1]
+    for seen in in_processes(follow, tmp_path, 2, weight, again):
+        assert seen == [*only, behind, behind, *reversed(replayed)]
 
 
 def turn(rank, world, weight):

@@ -126,6 +126,22 @@ def check_updates(update: str, clip: str, clips: bool) -> None:
         )
 
 
+def warn_of_clipping(clip: str, clips: bool) -> None:
+    """Warns that steps that are end to end clip otherwise than plain training does.
+
+    Args:
+        clip: ``optim_wrapper.local_learning.clip``.
+        clips: Whether there is an ``optim_wrapper.clip_grad``.
+    """
+    if clips and clip == 'module':
+        MMLogger.get_current_instance().warning(
+            'optim_wrapper.clip_grad clips the gradients of each module by themselves. '
+            'To clip all together, as end-to-end training does, set '
+            "optim_wrapper.local_learning.clip='global' and "
+            "optim_wrapper.local_learning.update='iteration'."
+        )
+
+
 def check_start(learner: LocalLearner, update: str) -> None:
     """Refuses to start what could not train, and warns of what trains differently.
 

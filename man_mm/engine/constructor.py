@@ -26,6 +26,7 @@ from .checks import (
     WRAPPER,
     check_model_wrapper,
     check_wrapper_type,
+    warn_of_clipping,
 )
 from .data_parallel import free_buckets
 from .distributed import broadcast_module
@@ -157,6 +158,9 @@ class LocalLearningOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             keeps_boundaries=share is not None,
             **options,
         )
+        if share is not None and len(learner.modules) > 1:
+            clips = bool(self.optim_wrapper_cfg.get('clip_grad'))
+            warn_of_clipping(self.options['clip'], clips)
         sharded = wrapped if isinstance(wrapped, FullyShardedModel) else None
         if sharded is not None:
             sharded.shard(learner)

@@ -12,6 +12,7 @@ from conftest import (
     image_pairs,
     labelled_images,
 )
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
@@ -170,6 +171,26 @@ def test_clipping_by_the_norm_of_all_gradients():
     ours = exact('resnet', clip_grad=clip_grad, clip='global', update='iteration')
     assert close(ours, model.state_dict())
     assert not close(ours, plain('resnet'))  # control
+
+
+@pytest.mark.parametrize(
+    'options, warns',
+    [
+        (dict(clip_grad=dict(max_norm=1)), True),
+        (dict(), False),
+        (
+            dict(clip_grad=dict(max_norm=1), clip='global', update='iteration'),
+            False,
+        ),
+        (dict(clip_grad=dict(max_norm=1), end_to_end_from=None), False),
+    ],
+)
+def test_clipping_each_module_is_told(options, warns, caplog):
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    build_exact('resnet', **options)
+    logger.removeHandler(caplog.handler)
+    assert ("clip='global'" in caplog.text) == warns
 
 
 def test_folding_and_recomputing_change_rounding_only():

@@ -16,6 +16,7 @@ from man_mm.core import Unit
 END_TO_END, LOCAL, EXACT, JOINT = 'end-to-end', 'local', 'exact', 'joint'
 IN_MODULES = (LOCAL, EXACT, JOINT)
 WITH_HEADS = (LOCAL, JOINT)
+RUN_TWICE = (END_TO_END, EXACT, JOINT)
 ALL = (END_TO_END, *IN_MODULES)
 JOINT_WEIGHT = 0.05
 _COUNT, _NAMES = 'N', 'NAME,NAME'
@@ -62,7 +63,9 @@ OPTIONS = {
     'recompute': Option(ALL, _NAMES, 'recompute these submodules'),
     'unfolded': Option(IN_MODULES, '', 'do not fold frozen batch norms'),
     'losses-kept': Option(IN_MODULES, '', 'do not recompute losses'),
-    'last': Option(ALL, _LAST, 'how often the last module runs, if others run twice'),
+    'last': Option(
+        RUN_TWICE, _LAST, 'how often the last module runs, if others run twice'
+    ),
     'bits': Option(ALL, _BITS, 'save activations in 8 or 4 bits a value'),
     'update': Option(IN_MODULES, _UPDATES, 'when weights are updated'),
 }

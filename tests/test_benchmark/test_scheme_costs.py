@@ -46,6 +46,7 @@ TRAINABLE = [
     'local+accumulate=2+K=3+micro=1+recompute=backbone.layer4+update=parameter',
     'exact',
     'exact+K=3+micro=1',
+    'exact+last=once',
     'joint',
 ]
 
@@ -348,6 +349,15 @@ def test_frozen_stages_are_not_recomputed(cfg):
     results = scheme_costs.measure_schemes(cfg, (64, 64), 1, 0, names)
     assert results[names[0]]['flops'] == results['exact']['flops']
     assert results[names[0]]['cuts'] == results['exact']['cuts']
+
+
+@pytest.mark.parametrize('base', ['end-to-end+lean+stages', 'exact'])
+def test_the_last_module_runs_once_or_twice(cfg, base):
+    init_default_scope('mmdet')
+    names = [f'{base}+last={count}' for count in ('once', 'twice')]
+    results = scheme_costs.measure_schemes(cfg, (64, 64), 2, 0, [*names, base])
+    once, twice = (results[name] for name in names)
+    assert once['flops'] < twice['flops'] == results[base]['flops']
 
 
 def test_timed_steps_start_from_the_same_weights(cfg, monkeypatch):

@@ -141,7 +141,7 @@ def test_codes_are_those_of_the_nearest_patches():
 
 def test_objects_are_found_at_their_centers():
     (sample,) = batch_of(size=1, height=64, width=96)['data_samples']
-    sample.set_metainfo(dict(batch_input_shape=(64, 96)))
+    sample.set_metainfo(dict(pad_shape=(64, 96)))
     map_ = torch.arange(8 * 12.0).view(1, 1, 8, 12)
     boxes = sample.gt_instances.bboxes
     x, y = (boxes[:, :2] + boxes[:, 2:]).T / 2 // 8

@@ -8,7 +8,6 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from man_mm import MANDetHead
-from man_mm.aux_heads.centers import at_centers
 from man_mm.aux_heads.detector import num_classes
 from man_mm.core.local_losses import total_loss
 
@@ -46,10 +45,17 @@ class DetLead(Lead, MANDetHead):
 
 def at_objects(map_: Tensor, samples) -> tuple[Tensor, Tensor]:
     """The vectors ``(N, C)`` of a map at the centers of N objects, and their labels."""
-    instances = [sample.gt_instances for sample in samples]
-    stride = samples[0].batch_input_shape[1] // map_.shape[3]
-    vectors = at_centers(map_, stride, [some.bboxes for some in instances])
-    return vectors, torch.cat([some.labels for some in instances])
+    vectors, labels = [], []
+    for values, sample in zip(map_, samples, strict=True):
+        boxes = sample.gt_instances.bboxes
+        x, y = (boxes[:, :2] + boxes[:, 2:]).T / 2
+        height, width = sample.pad_shape[:2]
+        rows, columns = map_.shape[2:]
+        x, y = x / width * columns, y / height * rows
+        x, y = x.long().clamp(0, columns - 1), y.long().clamp(0, rows - 1)
+        vectors.append(values[:, y, x].T)
+        labels.append(sample.gt_instances.labels)
+    return torch.cat(vectors), torch.cat(labels)
 
 
 @MODELS.register_module()

@@ -17,7 +17,6 @@ from man_mm.core import MemoryBank
 from .atss import Size, Targets, assign, make_level
 from .base import AuxSite, in_full_precision
 from .blocks import num_groups
-from .centers import CenterClassifier
 from .dense_losses import box_losses, class_loss
 from .pyramid import LocalPyramid
 
@@ -41,7 +40,6 @@ class LightDetector(nn.Module):
         num_blocks: int,
         levels: str,
         use_bank: bool,
-        center_weight: float = 0.0,
     ) -> None:
         super().__init__()
         classes = num_classes(site.model)
@@ -73,10 +71,6 @@ class LightDetector(nn.Module):
         self.head.init_weights()
         self.head.register_forward_hook(in_full_precision)
         self.cls_weight = cls_weight
-        self.center_weight = center_weight
-        self.centers = None
-        if center_weight and classes > 1:
-            self.centers = CenterClassifier(channels, classes)
         anchors = self.head.prior_generator.base_anchors
         self.anchors = [level.flatten().tolist() for level in anchors]
         if coder := box_coder(site.model):
@@ -86,8 +80,7 @@ class LightDetector(nn.Module):
         self, maps: Mapping[str, Tensor], targets: Any, bank: MemoryBank | None
     ) -> dict[str, Any]:
         """Local detection losses; see `AuxHead.forward`."""
-        levels = tuple(self.pyramid(maps, bank))
-        scores, offsets, centerness = self.head(levels)
+        scores, offsets, centerness = self.head(tuple(self.pyramid(maps, bank)))
         sizes = tuple(tuple(score.shape[-2:]) for score in scores)
         # Heads on the same grid have the same targets: assign them once a step.
         shared = {} if bank is None else bank.shared
@@ -97,20 +90,11 @@ class LightDetector(nn.Module):
         known = shared[grid]
         count, total = _average(known.count, known.centerness.sum())
         boxes, centers = box_losses(offsets, centerness, known, self.head.bbox_coder)
-        losses = dict(
+        return dict(
             loss_cls=self.cls_weight * class_loss(scores, known) / count,
             loss_bbox=_BOX_WEIGHT * boxes / total.clamp(min=1),
             loss_centerness=centers / count,
         )
-        if self.centers is not None:
-            losses['loss_center'] = self._center_loss(levels[0], targets)
-        return losses
-
-    def _center_loss(self, finest: Tensor, targets: Any) -> Tensor:
-        boxes, labels = _ground_truth(targets, self.class_agnostic)
-        loss = self.centers(finest, self.pyramid.levels[0], boxes, labels)
-        (count,) = _average(loss.new_tensor(sum(map(len, labels))))
-        return self.center_weight * loss / count.clamp(min=1)
 
     def _assign(
         self, sizes: tuple[Size, ...], targets: Any, device: torch.device

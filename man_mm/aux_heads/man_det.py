@@ -36,10 +36,6 @@ class MANDetHead(AuxHead):
         cls_weight: Weight of a light head's loss for classes; that of the boxes' is 2,
             and 1 for centerness. From scratch, 0.25 can do better (docs/detection.md).
             Defaults to 1.0.
-        center_weight: Weight of one more loss of a light head, that of a linear
-            classifier of objects at their centers, on the finest level; 0 for none.
-            Where a backbone is fine-tuned, 0.2 does better (docs/detection.md); heads
-            of one class have none. Defaults to 0.0.
         num_blocks: 3×3 convolutions of a light SLM for each level coarser than the
             module's output; with 0 there is no SLM, and max pooling makes these
             levels. Defaults to 1.
@@ -69,7 +65,6 @@ class MANDetHead(AuxHead):
         channels: int = 64,
         num_convs: int = 0,
         cls_weight: float = 1.0,
-        center_weight: float = 0.0,
         num_blocks: int = 1,
         levels: str = 'all',
         use_bank: bool = True,
@@ -84,10 +79,6 @@ class MANDetHead(AuxHead):
                     f'aux_head.{key} must be one of {known}, got {value!r}.'
                 )
         check_options(channels, num_convs, cls_weight)
-        if center_weight < 0:
-            raise ValueError(
-                f'aux_head.center_weight must be at least 0, got {center_weight}.'
-            )
         if num_blocks < 0:
             raise ValueError(
                 f'aux_head.num_blocks must be at least 0, got {num_blocks}.'
@@ -98,11 +89,6 @@ class MANDetHead(AuxHead):
                 "level: set aux_head.num_blocks=1 and aux_head.levels='all', or "
                 "aux_head.mode='light'."
             )
-        if mode == 'faithful' and center_weight:
-            raise ValueError(
-                "aux_head.center_weight is of light heads: set aux_head.mode='light', "
-                'or aux_head.center_weight=0.'
-            )
         use_bank = use_bank and levels == 'all'
         self.needs_bank = use_bank and bool(site.earlier)
         if mode == 'faithful':
@@ -110,14 +96,7 @@ class MANDetHead(AuxHead):
             names = {name for _, name in self.detector.inputs}
         else:
             self.detector = LightDetector(
-                site,
-                channels,
-                num_convs,
-                cls_weight,
-                num_blocks,
-                levels,
-                use_bank,
-                center_weight,
+                site, channels, num_convs, cls_weight, num_blocks, levels, use_bank
             )
             names = {tap.name for tap in self.detector.pyramid.sources.values()}
         self.reads = frozenset(tap.name for tap in site.earlier) & names

@@ -74,13 +74,18 @@ def chunks(params: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield rest
 
 
+def waits_for(flag: Tensor) -> bool:
+    """Whether the host would wait to read a flag, as it does for a GPU's."""
+    return flag.device.type != 'cpu'
+
+
 class Stepper:
     """Steps the parameters of modules, unless their gradients are not finite.
 
-    Whether they are is known on the device first, and reading it would make the host
-    wait. So a module is stepped in any case, a few parameters at a time, and where its
-    flag is false, parameters and state get their values back. The flags of all modules
-    are read at once, by `read`.
+    Whether they are is known on the device first, and reading it makes the host wait
+    for a GPU. So a module is stepped there in any case, a few parameters at a time, and
+    where its flag is false, parameters and state get their values back. The flags of
+    all modules are read at once, by `read`.
 
     Args:
         optimizer: An optimizer that treats each element by itself, unless
@@ -163,11 +168,18 @@ class Stepper:
                 together.append(param)
         if together:
             self._step_or_undo(name, together, partial(self.step, together))
+            for param in together:
+                param.grad = None
 
     def _step_or_undo(
         self, name: str, params: Sequence[nn.Parameter], step: Callable[[], Any]
     ) -> None:
-        flag, tensors = self._flags[name], self._tensors(params)
+        flag = self._flags[name]
+        if not waits_for(flag):
+            if flag:
+                step()
+            return
+        tensors = self._tensors(params)
         here = [tensor for tensor in tensors if tensor.device == flag.device]
         undo = [_Kept(group) for group in _groups(here)]
         self._elsewhere += [

@@ -24,7 +24,7 @@ from .out_of_memory import Measure, explains_out_of_memory
 from .scalars import ScalarLog
 from .sharded_tensors import clip_norm, shard_optimizer_state, total_norm
 from .skips import Skips
-from .stepping import Chunk, Stepper, chunks
+from .stepping import Chunk, Stepper
 
 
 @root.OPTIM_WRAPPERS.register_module()
@@ -319,8 +319,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             params = self._with_grad(module)
             if self.update != 'iteration':
                 self._check_and_clip(module)
-                for some in chunks(params):
-                    self._stepper.step_if_finite(module.name, some)
+                self._stepper.step_module(module.name, params)
 
     def _arrived(self) -> LocalModule | None:
         """The module that is under way, if there is one, once it has its gradients."""

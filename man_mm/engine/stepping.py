@@ -138,6 +138,18 @@ class Stepper:
         for param in params:
             param.grad = None
 
+    def step_module(self, name: str, params: Sequence[nn.Parameter]) -> None:
+        """Steps a whole module as `step_if_finite` does, in as few calls as is wise.
+
+        Args:
+            name: Name of the module.
+            params: Its parameters with gradients.
+        """
+        if params:
+            waits = waits_for(self._flags[name])
+            for some in chunks(params) if waits else [params]:
+                self.step_if_finite(name, some)
+
     def step_if_finite(self, name: str, params: Sequence[nn.Parameter]) -> None:
         """Steps parameters of a module if its flag is true; frees their gradients.
 

@@ -146,3 +146,17 @@ def test_state_on_another_device_is_given_back_when_flags_are_read(flag):
     stepper._elsewhere.append(('module1', count, torch.tensor(1.0)))
     assert stepper.read() == {'module1': flag}
     assert count == (2 if flag else 1)
+
+
+def test_a_module_is_stepped_in_one_call_where_nothing_waits(waits, monkeypatch):
+    monkeypatch.setattr(stepping, '_LEAST_BYTES', 100)
+    layers, optimizer = build(torch.optim.SGD, momentum=0.9)
+    stepper, calls, step = Stepper(optimizer), [], optimizer.step
+    monkeypatch.setattr(optimizer, 'step', lambda: calls.append(1) or step())
+    for seed in range(2):
+        calls.clear()
+        add_grads(layers, seed)
+        stepper.flag('module1', torch.tensor(True))
+        stepper.step_module('module1', list(layers.parameters()))
+    assert len(calls) > 1 if waits else len(calls) == 1
+    stepper.step_module('module2', [])  # nothing to step, and no flag

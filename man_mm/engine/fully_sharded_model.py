@@ -150,12 +150,11 @@ class FullyShardedModel(nn.Module):
             self._free_after(module)
         for head in self.heads:
             _fully_shard([head], options | self._policy)
+        for part in learner.modules[-1].parts:
+            _gather_nothing_else(self.module.get_submodule(part))
         for child in _callable_children(self.module, learner.modules):
             _fully_shard([child], options | self._policy)
-            # Its backward pass gathers nothing else, least of all the last module,
-            # which waits for its own turn in steps that are end to end.
-            if hasattr(child, 'set_modules_to_backward_prefetch'):
-                child.set_modules_to_backward_prefetch([child])
+            _gather_nothing_else(child)
             for name in _FORWARD_METHODS:
                 if hasattr(child, name):
                     register_fsdp_forward_method(child, name)
@@ -336,6 +335,15 @@ def _fully_shard(modules: list[nn.Module], options: dict[str, Any]) -> None:
             dist.broadcast(param.data)
     if modules:
         fully_shard(modules, **options)
+
+
+def _gather_nothing_else(part: nn.Module) -> None:
+    """Keeps the backward pass of a part from gathering what waits for its own turn.
+
+    Those are the modules in steps that are end to end.
+    """
+    if hasattr(part, 'set_modules_to_backward_prefetch'):
+        part.set_modules_to_backward_prefetch([part])
 
 
 def _callable_children(

@@ -96,7 +96,8 @@ def count_bytes(kind, batch, messages):
     counts['weights'] = local_bytes([*model.parameters(), *heads])
     states = [v for state in optimizer.state.values() for v in state.values()]
     counts['optimizer state'] = local_bytes(states)
-    counts['head'] = sum(param.numel() * 4 for param in model.head.parameters())
+    last = wrapper.learner.modules[-1]
+    counts['last module'] = sum(param.numel() * 4 for param in last.params)
     return counts
 
 
@@ -141,9 +142,9 @@ def test_a_process_keeps_its_part_and_sends_each_value_once(tmp_path):
             assert copied['averaged'] == pytest.approx(sent, rel=0.02)
             assert sharded['averaged'] < 1000  # long-term memory
             if exact := rank.get('sharded, exact steps'):
-                # Modules run twice, and the network's own head does not.
+                # Modules run twice, and the last one, with the head, does not.
                 own = world * exact['weights']
-                sent = 2 * own - exact['head']
+                sent = 2 * own - exact['last module']
                 assert exact['gathered'] == pytest.approx(sent, rel=0.02)
                 assert exact['reduced'] == pytest.approx(own, rel=0.02)
                 assert exact['at a time'] == sharded['at a time']

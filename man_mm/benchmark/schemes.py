@@ -263,6 +263,17 @@ def partition_config(options: dict, shape: tuple[int, ...]) -> dict | None:
     return dict(type='StagePartition') if 'stages' in options else None
 
 
+def last_module_setting(options: dict) -> dict[str, bool]:
+    """The key of ``local_learning`` that an option of a scheme sets, if it does.
+
+    Args:
+        options: Values by option.
+    """
+    if 'last' not in options:
+        return {}
+    return dict(recompute_last_module=options['last'] == 'twice')
+
+
 def autocast_dtype(scheme: Scheme) -> str | None:
     """The dtype that a scheme autocasts to, or None."""
     names = {'bf16': 'bfloat16', 'fp16': 'float16'}
@@ -290,8 +301,7 @@ def _set_local(cfg: Config, options: dict, shape: tuple[int, ...]) -> None:
     if 'no-bank' in options:
         head.use_bank = False
         cfg.default_hooks.pop('memory_bank', None)
-    if 'last' in options:
-        local.recompute_last_module = options['last'] == 'twice'
+    local.update(last_module_setting(options))
     for option, key in (
         ('micro', 'micro_batch_size'),
         ('recompute', 'recompute'),

@@ -38,6 +38,7 @@ from .schemes import (
     EXACT,
     Scheme,
     autocast_dtype,
+    last_module_setting,
     partition_config,
     scheme_config,
 )
@@ -234,8 +235,7 @@ def _save_memory(
         slice_overlaps(model)
     if partition := partition_config(scheme.options, shape):
         options = {**complete_options(given), 'partition': partition}
-        if 'last' in scheme.options:
-            options['recompute_last_module'] = scheme.options['last'] == 'twice'
+        options.update(last_module_setting(scheme.options))
         count = None if recomputes_last(options, model) else -1
         options = {key: options[key] for key in LEARNER_OPTIONS}
         with quiet():
